@@ -1,0 +1,1 @@
+"""Thin scripts that are submitted to a cluster."""

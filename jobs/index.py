@@ -1,0 +1,59 @@
+"""Build a search index from encoded pictures; all it reads is what their manifest names."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from llmvis.config import IndexConfig, parse
+from llmvis.entry import entry
+from llmvis.index import IndexInfo, build
+from llmvis.plan import read_data, read_manifest
+from llmvis.storage import Store
+from llmvis.summary import size
+
+
+def run(config: IndexConfig) -> dict[str, Any]:
+    """Builds the index; returns the report that is printed."""
+    encoded = Store(config.embeddings)
+    manifest = read_manifest(encoded, "encode")
+    rows, dim = manifest["rows"], manifest["model"]["dim"]
+    if config.dry_run:
+        print(f"index plan: {rows:,} × {dim} from {encoded.root}, exact, fp16: about {size(2 * rows * dim)}")
+        return {}
+
+    def tables() -> Iterator[pa.Table]:
+        with tqdm(total=rows, desc="index", unit=" rows", mininterval=1) as bar:
+            for file in manifest["files"]:
+                table = read_data(encoded, file)
+                yield table
+                bar.update(table.num_rows)
+
+    begun = time.perf_counter()
+    out = Store(config.out)
+    with out.lock():
+        built = build(out, IndexInfo(model=manifest["model"], source=manifest["source"]), tables())
+    if built["rows"] != rows:
+        raise AssertionError(f"{built['rows']} rows indexed of {rows}")
+    count = sum(s[part]["bytes"] for s in built["shards"] for part in ("vectors", "metadata"))
+    seconds = time.perf_counter() - begun
+    report = {"job": "index", "version": built["version"], "rows": rows, "dim": dim, "bytes": count}
+    report |= {"wall_s": round(seconds, 3), "model": built["model"]["name"], "kind": built["kind"]}
+    print(f"index: {rows:,} vectors × {dim}, exact, {size(count)} in {config.out} (version {built['version']}), {seconds:.1f} s")
+    if config.json:
+        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    run(parse(IndexConfig, "python -m jobs.index"))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,3 @@
+"""llmvis: distributed image retrieval and synthesis with a language model in the middle."""
+
+__version__ = "0.1.0"

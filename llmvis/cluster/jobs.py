@@ -1,0 +1,254 @@
+"""The job engine: a mapping of items, run shard by shard on Ray Data, exactly once.
+
+    plan → [shard numbers] → read + decode (CPU tasks) → model (pool of actors) → commit → manifest
+
+One Ray row is one shard of a few hundred items, so retries, block boundaries and
+node losses cannot split or repeat what a marker counts. Between stages a shard
+travels as raw bytes. The engine knows nothing of any model: a job brings a
+`Mapping`, whose parts are called where they belong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from tqdm import tqdm
+
+from llmvis.cluster.session import resources
+from llmvis.plan import (
+    DUPLICATE,
+    Plan,
+    adopt,
+    committed,
+    dead_row,
+    publish_manifest,
+    publish_shard,
+    read_shard,
+)
+from llmvis.summary import job_report
+from llmvis.schema import DEAD_LETTER, ItemError, Reason
+from llmvis.sources import Source
+from llmvis.storage import Store
+
+Row = dict[str, Any]
+Arrays = npt.NDArray[Any]
+
+
+class Prepare(Protocol):
+    """Runs in CPU tasks: listing rows → rows that can be used, one array row each, and dead letters.
+
+    Picklable. Returns `(rows, array (N, …), dead rows, seconds by stage)`.
+    """
+
+    def __call__(self, rows: pa.Table) -> tuple[pa.Table, Arrays, list[Row], dict[str, float]]: ...
+
+
+class Apply(Protocol):
+    """Runs in an actor: prepared rows and arrays → output rows and dead letters."""
+
+    def __call__(self, rows: pa.Table, arrays: Arrays) -> tuple[pa.Table, list[Row]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping:
+    """All that a job is: what it does to a shard's items, and what that depends on."""
+
+    job: str
+    settings: dict[str, Any]  # everything that changes the output; part of the fingerprint
+    about: dict[str, Any]  # goes into the manifest: model, schema, …
+    prepare: Prepare
+    load: Callable[[], Apply]  # called once an actor
+    schema: pa.Schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """How a job uses the cluster. None: as many actors as there are GPUs, else CPUs."""
+
+    actors: int | None = None
+    gpus_per_actor: float | None = None
+    shard_items: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A pool fitted to a cluster."""
+
+    actors: int
+    gpus: float
+    cpus: float  # that one actor asks for
+    task_cpus: float
+
+    @classmethod
+    def fit(cls, pool: Pool, cpus: int, gpus: float, shards: int) -> Placement:
+        """On CPUs, actors and decode tasks ask for half a CPU each: whichever is the
+        bottleneck then finds free cores, since the other waits. An actor on a GPU gets
+        one whole GPU unless told otherwise.
+        """
+        share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
+        if share > gpus:
+            raise ValueError(f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0")
+        most = int(gpus / share) if share else cpus
+        actors = min(pool.actors or most, most, max(1, shards))
+        return cls(actors=actors, gpus=share, cpus=0.5, task_cpus=0.4)
+
+
+def run_job(mapping: Mapping, source: Source, out: str, pool: Pool, *, quiet: bool = False) -> dict[str, Any]:
+    """Runs a job to its end, or on from where an earlier run of it stopped.
+
+    Ray must be connected. Returns the report (see `report.job_report`), which is also
+    written to `<out>/report.json`. A finished job is left as it is. Raises `PlanError`
+    where `out` holds other work and `LockedError` where a driver is at it.
+    """
+    store = Store(out)
+    with store.lock():
+        begun = time.perf_counter()
+        plan = adopt(
+            store, job=mapping.job, source=source, settings=mapping.settings, shard_items=pool.shard_items
+        )
+        listed = time.perf_counter() - begun
+        if store.exists("manifest.json"):
+            return {**store.read_json("report.json"), "already_done": True}
+        done = committed(store)
+        todo = [shard for shard in range(plan.shards) if shard not in done]
+        if todo:
+            _run_shards(mapping, store, source, plan, pool, todo, quiet)
+        manifest = publish_manifest(store, plan, mapping.about)
+        report = job_report(store, plan, manifest, todo=todo, list_s=listed, wall_s=time.perf_counter() - begun)
+        store.write_json("report.json", report)
+        return report
+
+
+def _run_shards(
+    mapping: Mapping, store: Store, source: Source, plan: Plan, pool: Pool, todo: list[int], quiet: bool
+) -> None:
+    """Streams the shards of `todo` through the stages; the driver sees one small row a shard."""
+    cpus, gpus = resources()
+    place = Placement.fit(pool, cpus, gpus, len(todo))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.wait_for_min_actors_s = -1
+    out = str(store.root)
+    rows = (
+        ray.data.range(len(todo), override_num_blocks=len(todo))
+        .map(_prepare, fn_kwargs={"todo": todo, "out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
+        .map(
+            _Actor,
+            fn_constructor_kwargs={"load": mapping.load},
+            compute=ActorPoolStrategy(size=place.actors),
+            num_cpus=place.cpus,
+            num_gpus=place.gpus or None,
+        )
+        .map(_commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=place.task_cpus / 5)
+    )
+    items = {shard: _shard_items(plan, shard) for shard in range(plan.shards)}
+    with _progress(plan, sum(items[s] for s in range(plan.shards) if s not in set(todo)), quiet) as bar:
+        for row in rows.iter_rows():
+            bar.update(items[row["shard"]])
+
+
+def _shard_items(plan: Plan, shard: int) -> int:
+    return min(plan.shard_items, plan.items - shard * plan.shard_items)
+
+
+def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
+    """A bar on a terminal; elsewhere a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=plan.items,
+        initial=done,
+        desc=plan.job,
+        unit=" items",
+        disable=quiet,
+        mininterval=0.2 if terminal else 10,
+        dynamic_ncols=terminal,
+    )
+
+
+def _prepare(row: Row, todo: list[int], out: str, prepare: Prepare) -> Row:
+    """Stage 1, a task: reads and decodes one shard."""
+    started = time.time()
+    shard = todo[int(row["id"])]
+    listing = read_shard(Store(out).path("plan"), shard)
+    duplicate = pa.compute.equal(listing["reason"], DUPLICATE).fill_null(False)
+    bad = listing.filter(pa.compute.and_not(listing["reason"].is_valid(), duplicate))
+    dead = [
+        dead_row(r["id"], r["path"], "list", ItemError(Reason(r["reason"]), r["detail"] or ""))
+        for r in bad.select(["id", "path", "reason", "detail"]).to_pylist()
+    ]
+    rows, arrays, more, seconds = prepare(listing.filter(listing["reason"].is_null()))
+    return {
+        "head": json.dumps(
+            {
+                "shard": shard,
+                "items": listing.num_rows,
+                "duplicates": int(pa.compute.sum(duplicate).as_py() or 0),
+                "shape": arrays.shape,
+                "dtype": str(arrays.dtype),
+                "dead": dead + more,
+                "seconds": seconds,
+                "started": started,
+            }
+        ),
+        "rows": to_bytes(rows),
+        "arrays": np.ascontiguousarray(arrays).tobytes(),
+    }
+
+
+class _Actor:
+    """Stage 2, an actor: holds the model, which is loaded here and never sent."""
+
+    def __init__(self, load: Callable[[], Apply]) -> None:
+        self._apply = load()
+
+    def __call__(self, row: Row) -> Row:
+        head = json.loads(row["head"])
+        arrays = np.frombuffer(row["arrays"], head["dtype"]).reshape(head["shape"])
+        rows = from_bytes(row["rows"])
+        begun = time.perf_counter()
+        if rows.num_rows:
+            rows, dead = self._apply(rows, arrays)
+            head["dead"] += dead
+        head["seconds"]["model"] = time.perf_counter() - begun
+        return {"head": json.dumps(head), "rows": to_bytes(rows)}
+
+
+def _commit(row: Row, out: str, schema: pa.Schema) -> Row:
+    """Stage 3, a task: publishes the shard's files and its marker."""
+    head = json.loads(row["head"])
+    begun = time.perf_counter()
+    rows = from_bytes(row["rows"])
+    rows = rows.select(schema.names).cast(schema) if rows.num_rows else schema.empty_table()
+    dead = pa.Table.from_pylist(head["dead"], DEAD_LETTER)
+    seconds = {**head["seconds"], "write": time.perf_counter() - begun}
+    seconds |= {"started": head["started"], "ended": time.time()}
+    publish_shard(
+        Store(out), head["shard"], rows, dead,
+        items=head["items"], duplicates=head["duplicates"], seconds=seconds,
+    )  # fmt: skip
+    return {"shard": head["shard"]}
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """An Arrow table as IPC bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """The table that `to_bytes` packed."""
+    return pa.ipc.open_stream(pa.py_buffer(data)).read_all()

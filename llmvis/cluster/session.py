@@ -1,0 +1,54 @@
+"""Joining a Ray cluster, or starting one on this machine for the length of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Before Ray is imported: quiet defaults that a user's own setting overrides.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+
+import ray
+import ray.data
+
+
+def connect(num_cpus: int | None = None) -> bool:
+    """Joins the cluster that `RAY_ADDRESS` names, else starts one here; True if it was started.
+
+    A local one listens on loopback only, and uses all CPUs unless `num_cpus` says
+    otherwise. `ray job submit` sets `RAY_ADDRESS` for the scripts it starts.
+    """
+    if ray.is_initialized():
+        return False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        return False
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+    )
+    return True
+
+
+@contextmanager
+def session(num_cpus: int | None = None) -> Iterator[None]:
+    """`connect` for a block; a cluster that was started for it is stopped after it."""
+    started = connect(num_cpus)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def resources() -> tuple[int, float]:
+    """Whole CPUs (at least 1) and GPUs of the cluster as it is now."""
+    total = ray.cluster_resources()
+    return max(1, int(total.get("CPU", 1))), float(total.get("GPU", 0))

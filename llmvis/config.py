@@ -1,0 +1,130 @@
+"""What each command can be told: keyword-only dataclasses, from which the command lines are made.
+
+`parse` reads them from the command line, on top of a YAML file if `--config` names one.
+Every field has a default that works or is required; there are no magic values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+
+ConfigT = TypeVar("ConfigT")
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Encode a collection of pictures into embeddings, on the cluster that RAY_ADDRESS names or on this machine.
+
+    Killed? Run the same command again and it goes on where it stopped.
+
+    Examples:
+
+      python -m jobs.encode --images photos/ --out enc/
+
+      python -m jobs.encode --images photos/ --out enc/ --dry-run
+
+      python -m jobs.encode --images rows.parquet --caption-column text --model openai/clip-vit-base-patch32 --out enc/
+    """
+
+    images: str
+    """A folder (captions in .txt beside a picture, or an imagefolder's metadata.jsonl/csv), Parquet files, or `emoji`, the packaged collection."""
+    out: str
+    """Folder for the result: data/, dead/, manifest.json, report.json."""
+    model: str | None = None
+    """Hugging Face name or local folder of a model with an image and a text tower; default: the packaged two-tower model."""
+    dry_run: bool = False
+    """Print the plan and stop; nothing is written and no cluster started."""
+    image_column: str | None = None
+    """Parquet: column with bytes, image structs or paths."""
+    caption_column: str | None = None
+    """Parquet or imagefolder: column with the caption."""
+    id_column: str | None = None
+    """Parquet: column of unique keys to make ids from (default: file name and row number)."""
+    image_root: str | None = None
+    """Parquet with a path column: folder that the paths start from; none may leave it (default: the Parquet file's)."""
+    max_pixels: int = 89_478_485
+    """A picture with more is a dead letter, unread."""
+    max_bytes: int = 268_435_456
+    """A file with more bytes is a dead letter, undecoded."""
+    actors: int | None = None
+    """Copies of the model that work at a time (default: one a GPU, or one a CPU)."""
+    gpus_per_actor: float | None = None
+    """GPUs for each copy, also a fraction; 0 keeps the model on CPUs (default: 1 where there are GPUs)."""
+    num_cpus: int | None = None
+    """CPUs to use when a local cluster is started (default: all)."""
+    shard_items: int = 256
+    """Pictures in a shard, the unit of retry and resume."""
+    json: str | None = None
+    """Write the report there too, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Build a search index from what `jobs.encode` wrote. Reads the manifest and the files that it names, no other.
+
+    Example:
+
+      python -m jobs.index --embeddings enc/ --out idx/
+    """
+
+    embeddings: str
+    """The --out folder of a finished `jobs.encode`."""
+    out: str
+    """Folder for the index; a new build there takes over in one step, readers keep what they have open."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    json: str | None = None
+    """Write the report there too, as JSON."""
+
+
+def parse(config: type[ConfigT], prog: str, args: Sequence[str] | None = None) -> ConfigT:
+    """The command line as a `config`; `--config FILE.yaml` gives values that flags override.
+
+    Exits with status 2 and a message on a wrong flag or a wrong key in the file.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    default: Any = None
+    if "--config" in given:
+        at = given.index("--config")
+        if at + 1 == len(given):
+            _fail(prog, "--config takes a YAML file")
+        default, given = _from_yaml(config, given[at + 1], prog), given[:at] + given[at + 2 :]
+    if default is None:
+        return tyro.cli(config, prog=prog, args=given)
+    return tyro.cli(config, prog=prog, args=given, default=default)
+
+
+def _from_yaml(config: type[ConfigT], file: str, prog: str) -> ConfigT:
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        _fail(prog, f"{file}: {error}")
+    if not isinstance(values, dict):
+        _fail(prog, f"{file} must hold `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
+    if wrong := sorted(values.keys() - known.keys()):
+        _fail(prog, f"{file}: unknown {', '.join(wrong)}; known: {', '.join(known)}")
+    missing = {f: tyro.MISSING for f in known if f not in values and _required(config, f)}
+    return config(**values, **missing)
+
+
+def _required(config: type[Any], name: str) -> bool:
+    field = next(f for f in fields(config) if f.name == name)
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _fail(prog: str, message: str) -> Any:
+    print(f"{prog}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+

@@ -1,0 +1,235 @@
+"""An exact index over embeddings: fp16 vectors and Arrow metadata, both memory-mapped, both hashed.
+
+    CURRENT                → `000001 <sha256 of its manifest>`
+    manifests/000001.json  → model, dimension, shards with their hashes
+    shards/000001-00000.npy, .arrow
+
+A build writes new files and then swaps CURRENT, so a reader has one version or the
+next and never a mix. No file is opened for use before its hash is checked: flipped
+bits would load without an error and answer wrong. The only module that imports faiss;
+it does not know where vectors come from or what a picture is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from llmvis.schema import FORMAT_VERSION
+from llmvis.storage import Store, StorageError, sha256_bytes, sha256_file, verify
+
+F32 = npt.NDArray[np.float32]
+
+SHARD_ROWS = 1_000_000
+BLOCK_ROWS = 65_536
+"""Rows that are in memory as float32 at a time while a shard is scanned."""
+
+
+class IndexMismatchError(StorageError):
+    """An index that does not go with the model or the question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """What an index is of: the encoder that made its vectors and the collection they stand for."""
+
+    model: dict[str, Any]  # name, fingerprint, dim, licence
+    source: dict[str, Any]  # opens the pictures again: sources.open_reader
+
+
+def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """Publishes a new version from tables with an `embedding` column (`fixed_size_list<float16>[D]`).
+
+    All other columns become metadata. Streams: one table and one shard's metadata in
+    memory. Call it under `store.lock()`. Returns the manifest. Raises
+    `IndexMismatchError` if a table's dimension is not the model's.
+    """
+    version = 1 + max((int(name[-11:-5]) for name in store.names("manifests")), default=0)
+    shards = []
+    for number, group in enumerate(_groups(tables, SHARD_ROWS)):
+        name = f"shards/{version:06}-{number:05}"
+        shards.append(_write_shard(store, name, group, int(info.model["dim"])))
+    manifest = {
+        "format": FORMAT_VERSION,
+        "version": version,
+        "kind": "flat",
+        "metric": "inner_product",
+        "dtype": "float16",
+        "model": info.model,
+        "source": info.source,
+        "rows": sum(s["rows"] for s in shards),
+        "shards": shards,
+        "faiss": faiss.__version__,
+    }
+    data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    store.write(f"manifests/{version:06}.json", data)
+    store.write("CURRENT", f"{version:06} {sha256_bytes(data)}\n".encode())
+    return manifest
+
+
+def _groups(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
+    """Tables cut and gathered into groups of `rows` rows, the last one shorter; none is empty."""
+    group: list[pa.Table] = []
+    room = rows
+    for table in tables:
+        while table.num_rows > 0:
+            head = table.slice(0, room)
+            group.append(head)
+            table = table.slice(head.num_rows)
+            room -= head.num_rows
+            if room == 0:
+                yield group
+                group, room = [], rows
+    if group:
+        yield group
+
+
+def _write_shard(store: Store, name: str, tables: list[pa.Table], dim: int) -> dict[str, Any]:
+    rows = sum(t.num_rows for t in tables)
+    with store.create(f"{name}.npy") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in tables:
+            file.write(_vectors(table["embedding"], dim).tobytes())
+    metadata = pa.concat_tables([t.drop_columns(["embedding"]) for t in tables]).combine_chunks()
+    with store.create(f"{name}.arrow") as file:
+        _write_arrow(file, metadata)
+    parts = {}
+    for ending in ("npy", "arrow"):
+        path = store.path(f"{name}.{ending}")
+        parts[ending] = {"name": f"{name}.{ending}", "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return {"rows": rows, "vectors": parts["npy"], "metadata": parts["arrow"]}
+
+
+def _write_arrow(file: BinaryIO, table: pa.Table) -> None:
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=table.num_rows)
+
+
+def _vectors(column: pa.ChunkedArray, dim: int) -> npt.NDArray[np.float16]:
+    """`(N, D)` of a fixed-size-list column. Raises `IndexMismatchError` for another D."""
+    found = column.type.list_size
+    if found != dim:
+        raise IndexMismatchError(f"embeddings have {found} dimensions, the model has {dim}")
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(flat, dtype="<f2").reshape(-1, dim)
+
+
+class FlatIndex:
+    """An open index; `search` compares a query with every vector."""
+
+    def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self.dim = int(manifest["model"]["dim"])
+        self.rows = int(manifest["rows"])
+        self._close = ExitStack()
+        self._shards = [self._open(store, shard) for shard in manifest["shards"]]
+
+    def _open(
+        self, store: Store, shard: dict[str, Any]
+    ) -> tuple[npt.NDArray[np.float16], pa.Table]:
+        for part in ("vectors", "metadata"):
+            verify(store.path(shard[part]["name"]), shard[part]["sha256"])
+        vectors = np.load(store.path(shard["vectors"]["name"]), mmap_mode="r", allow_pickle=False)
+        mapped = self._close.enter_context(pa.memory_map(str(store.path(shard["metadata"]["name"]))))
+        metadata = pa.ipc.open_file(mapped).read_all()
+        if vectors.shape != (shard["rows"], self.dim) or metadata.num_rows != shard["rows"]:
+            raise IndexMismatchError(f"shard {shard['vectors']['name']} is not {shard['rows']} × {self.dim}")
+        return vectors, metadata
+
+    def search(self, queries: F32, k: int) -> tuple[F32, npt.NDArray[np.int64]]:
+        """The `k` rows of largest inner product for each query, best first.
+
+        `queries (Q, D)` float32 → scores `(Q, k')` float32 and global rows `(Q, k')` int64,
+        k' = min(k, rows). Exact up to the fp16 that vectors are kept in. Raises
+        `IndexMismatchError` for another D and `ValueError` for k < 1 or queries that
+        are not finite.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise IndexMismatchError(f"queries are {queries.shape}, the index has {self.dim} dimensions")
+        if k < 1:
+            raise ValueError(f"k is {k}; ask for at least 1")
+        if not np.isfinite(queries).all():
+            raise ValueError("a query vector is not finite")
+        k = min(k, self.rows)
+        best = np.empty((len(queries), 0), np.float32)
+        rows = np.empty((len(queries), 0), np.int64)
+        start = 0
+        for vectors, _ in self._shards:
+            for at in range(0, len(vectors), BLOCK_ROWS):
+                block = vectors[at : at + BLOCK_ROWS].astype(np.float32)
+                scores, found = faiss.knn(
+                    queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+                )
+                best, rows = _merge(best, rows, scores, found + start + at, k)
+            start += len(vectors)
+        return best, rows
+
+    def metadata(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The metadata of global rows `(N,)`, in their order."""
+        sizes = np.array([len(vectors) for vectors, _ in self._shards])
+        ends = np.cumsum(sizes)
+        found = []
+        for row in rows:
+            shard = int(np.searchsorted(ends, row, side="right"))
+            local = int(row - (ends[shard] - sizes[shard]))
+            found.append(self._shards[shard][1].slice(local, 1).to_pylist()[0])
+        return found
+
+    def close(self) -> None:
+        self._shards = []
+        self._close.close()
+
+
+def _merge(
+    best: F32, rows: npt.NDArray[np.int64], scores: F32, found: npt.NDArray[np.int64], k: int
+) -> tuple[F32, npt.NDArray[np.int64]]:
+    """The k best of two lists for each query; of equal scores the earlier row comes first."""
+    both, all_rows = np.concatenate([best, scores], 1), np.concatenate([rows, found], 1)
+    order = np.lexsort((all_rows, -both), axis=1)[:, :k]
+    return np.take_along_axis(both, order, 1), np.take_along_axis(all_rows, order, 1)
+
+
+def open_index(path: str, fingerprint: str | None = None) -> FlatIndex:
+    """The current version of the index at `path`, every file of it checked.
+
+    With `fingerprint`, the index must have been made by the encoder of that fingerprint.
+    Raises `StorageError` where there is no index or a byte of it is damaged and
+    `IndexMismatchError` for another model.
+    """
+    store = Store(path)
+    manifest = _current(store)
+    if fingerprint is not None and manifest["model"]["fingerprint"] != fingerprint:
+        raise IndexMismatchError(
+            f"{store.root} was made with {manifest['model']['name']} "
+            f"({manifest['model']['fingerprint'][:12]}…), the query comes from a model with fingerprint "
+            f"{fingerprint[:12]}…; search with the same model, or encode anew"
+        )
+    return FlatIndex(store, manifest)
+
+
+def read_info(path: str) -> dict[str, Any]:
+    """The manifest of the index at `path`, checked, without opening its vectors."""
+    return _current(Store(path))
+
+
+def _current(store: Store) -> dict[str, Any]:
+    if not store.exists("CURRENT"):
+        raise StorageError(f"{store.root} is no index; make one with python -m jobs.index")
+    words = store.read("CURRENT").decode("ascii", "replace").split()
+    if len(words) != 2 or not words[0].isdecimal():
+        raise StorageError(f"{store.path('CURRENT')} is damaged; build the index anew")
+    name = f"manifests/{words[0]}.json"
+    verify(store.path(name), words[1])
+    manifest = store.read_json(name)
+    if manifest.get("format") != FORMAT_VERSION or manifest.get("kind") != "flat":
+        raise StorageError(f"{store.root} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; this version cannot read it")
+    return manifest

@@ -1,0 +1,1 @@
+"""Models: plain torch, no Ray, no command line."""

@@ -1,0 +1,211 @@
+"""A model's name or folder → what the driver needs to know of it, or the model itself.
+
+`describe_encoder` reads files only and imports no torch: a driver plans with it in little
+memory. `load_encoder` gives the model, in the actor that runs it, and proves that it is
+what was described. Names: None or "llmvis/two-tower" for the packaged model, a local
+folder, or a Hugging Face name ("google/siglip2-base-patch16-224").
+
+Security: weights are read from safetensors only, and no checkpoint's own code is ever run.
+It does not know how a model works inside (adapters.py, two_tower.py), Ray, or images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from llmvis.models.processor import EncoderError, ProcessorPreprocess
+from llmvis.models.protocols import Encoder, EncoderInfo
+
+BUILT_IN = "llmvis/two-tower"
+TWO_TOWER = "llmvis-two-tower"
+"""`model_type` in the config.json of a folder with a two-tower model of ours."""
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_SETTINGS = (
+    *("config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
+)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = "transformers-1"
+"""Part of the fingerprint: change it when the adapter gives other embeddings for the same files."""
+
+_PROJECTION = {
+    "aimv2": 512,
+    "align": 640,
+    "altclip": 768,
+    "chinese_clip": 512,
+    "clip": 512,
+    "clipseg": 512,
+    "flava": 768,
+    "groupvit": 256,
+    "metaclip_2": 512,
+    "vision-text-dual-encoder": 512,
+}  # transformers' default `projection_dim`, where config.json leaves it out
+_VISION_WIDTH = {"siglip": 768, "siglip2": 768}  # no projection: as wide as the vision tower
+
+
+def describe_encoder(name: str | None = None) -> EncoderInfo:
+    """What the driver plans with: dimension, fingerprint, preprocessing. Imports no torch.
+
+    Reads every byte of the weights once, for the fingerprint. A Hugging Face name is
+    downloaded to the usual cache if it is not there.
+
+    Raises:
+        EncoderError: no such model, no connection, weights not in safetensors, or a kind of
+            model or image processor that the adapter can't serve; with what to do.
+    """
+    if name in (None, BUILT_IN):
+        from llmvis.models.preprocess import describe_two_tower
+
+        return describe_two_tower()
+    folder, title = _locate(str(name))
+    config = _read_config(folder)
+    if config.get("model_type") == TWO_TOWER:
+        from llmvis.models.preprocess import describe_two_tower
+
+        return describe_two_tower(folder)
+    _check_weights(folder)
+    return EncoderInfo(
+        name=title,
+        fingerprint=_fingerprint(folder),
+        dim=_dimension(config, folder),
+        preprocess=ProcessorPreprocess.from_folder(folder, str(config.get("model_type", ""))),
+        licence=_licence(folder),
+    )
+
+
+def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType = "float32") -> Encoder:
+    """Load an encoder onto a device.
+
+    Args:
+        name: None for the packaged model, a local folder, or a Hugging Face name.
+        device: a torch device, "cpu" or "cuda" or "cuda:1".
+        dtype: of a transformers model's weights and arithmetic; embeddings are float32 and
+            normalised in float32 in any case. Half precision is meant for CUDA, where it
+            has not been run yet. The packaged model ignores it.
+
+    Raises:
+        EncoderError: as `describe_encoder`, or the loaded model differs from its description.
+    """
+    if name in (None, BUILT_IN):
+        from llmvis.models.two_tower import load_two_tower
+
+        return load_two_tower(device=device)
+    folder, _ = _locate(str(name))
+    if _read_config(folder).get("model_type") == TWO_TOWER:
+        from llmvis.models.two_tower import load_two_tower
+
+        return load_two_tower(folder, device=device)
+    from llmvis.models.adapters import TransformersEncoder
+
+    return TransformersEncoder(folder, describe_encoder(name), device=device, dtype=dtype)
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    """The folder that holds a model, and the name to keep in manifests."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve(), str(folder.resolve())
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise EncoderError(f"no folder {name}; give a folder with config.json, or a Hugging Face name")
+    return _download(name), name
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = [*_WEIGHTS, *_SETTINGS, "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as e:
+        raise EncoderError(f"{name!r} is neither a folder here nor a Hugging Face name") from e
+    except HfHubHTTPError as e:
+        raise EncoderError(
+            f"Hugging Face refused {name!r}: {' '.join(str(e).split())[:300]}. "
+            "Check the name; for a gated model, accept its terms and run `hf auth login`"
+        ) from e
+    except OSError as e:  # no connection and not in the cache; httpx's errors come as these, too
+        raise EncoderError(
+            f"{name!r} is no folder here and not in the Hugging Face cache, and the hub can't be reached "
+            f"({' '.join(str(e).split())[:120]}). Where it can be, run `hf download {name} --local-dir model`, "
+            "copy the folder to every node, and give its path"
+        ) from e
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise EncoderError(f"{folder} has no config.json; give a folder saved by save_pretrained") from None
+    except ValueError as e:
+        raise EncoderError(f"{file} is not JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise EncoderError(f"{file} holds no JSON object")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return
+    if index.is_file():
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        missing = sorted(s for s in shards if not (folder / s).is_file())
+        if missing:
+            raise EncoderError(
+                f"{folder} lacks {', '.join(missing)}, which {index.name} names; copy it again"
+            )
+        return
+    pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
+    if pickled:
+        raise EncoderError(
+            f"{folder} has its weights only as {', '.join(pickled)}: pickle, which can run code when it is "
+            "opened, so llmvis never reads it. If you trust the file, save it once as safetensors, on a machine "
+            "without secrets: AutoModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder), "
+            "with AutoProcessor likewise; many hub models also have a pull request that adds model.safetensors"
+        )
+    raise EncoderError(f"{folder} has no model.safetensors; give a folder saved by save_pretrained")
+
+
+def _dimension(config: dict[str, Any], folder: Path) -> int:
+    """D by configuration alone; the loaded model must agree (adapters.py checks)."""
+    kind = str(config.get("model_type", ""))
+    if kind in _VISION_WIDTH:
+        return int((config.get("vision_config") or {}).get("hidden_size", _VISION_WIDTH[kind]))
+    dim = config.get("projection_dim") or _PROJECTION.get(kind)
+    if dim is None:
+        raise EncoderError(
+            f"model_type {kind!r} in {folder / 'config.json'} states no projection_dim; llmvis reads models with one "
+            f"text and one image embedding: {', '.join(sorted([*_PROJECTION, *_VISION_WIDTH]))} and others alike"
+        )
+    return int(dim)
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over name and content of weights, configuration, tokenizer and processor."""
+    files = {f for pattern in (*_WEIGHTS, *_SETTINGS) for f in folder.glob(pattern) if f.is_file()}
+    total = hashlib.sha256(_ADAPTER.encode())
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        total.update(f"\n{file.name} {digest}".encode())
+    return total.hexdigest()
+
+
+def _licence(folder: Path) -> str:
+    """`license:` of the model card's front matter."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return "unknown"
+    front = card.read_text("utf-8", errors="replace")[:5000].split("\n---")[0]
+    found = re.search(r"^license:\s*([\w.\-]+)\s*$", front, re.MULTILINE)
+    return found[1] if found else "unknown"

@@ -1,0 +1,132 @@
+"""Questions to an index: a text, a picture, both with weights, and things to avoid → hits.
+
+A question becomes one vector, `Σ w·v` over what is wanted less `w·v` over what is not,
+and unit length again; `FlatIndex.search` does the rest. Knows no files but those that
+the index's own reader opens.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from llmvis.images import decode
+from llmvis.index import FlatIndex
+from llmvis.models.protocols import Encoder
+from llmvis.schema import ItemError
+from llmvis.sources import open_reader
+from llmvis.sources.base import read_file
+
+F32 = npt.NDArray[np.float32]
+
+
+class QueryError(ValueError):
+    """A question that cannot be asked; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What is looked for. At least one of `text` and `image`; weights are relative to each other."""
+
+    text: str | None = None
+    image: str | None = None  # path of a picture
+    avoid: tuple[str, ...] = ()
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    avoid_weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One answer. `score` is the cosine with the question, -1 to 1; `columns` are the user's own."""
+
+    rank: int
+    id: str
+    score: float
+    path: str
+    caption: str | None
+    width: int
+    height: int
+    locator: bytes
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able; the user's columns lie beside ours."""
+        own = ("rank", "id", "score", "path", "caption", "width", "height")
+        return {name: getattr(self, name) for name in own} | self.columns
+
+
+def query_vector(query: Query, encoder: Encoder) -> F32:
+    """The question as `float32 (1, D)`, unit length.
+
+    Raises `QueryError` where there is nothing to look for, the picture cannot be read,
+    or the parts cancel out.
+    """
+    parts: list[tuple[float, F32]] = []
+    texts = [*([query.text] if query.text else []), *query.avoid]
+    vectors = encoder.encode_texts(texts) if texts else np.empty((0, encoder.info.dim), np.float32)
+    if query.text:
+        parts.append((query.text_weight, vectors[0]))
+    if query.image:
+        parts.append((query.image_weight, _picture(query.image, encoder)))
+    if not parts:
+        raise QueryError("nothing to search for: give a text, --image, or both")
+    parts += [(-query.avoid_weight, v) for v in vectors[len(vectors) - len(query.avoid) :]]
+    total = np.sum([weight * vector for weight, vector in parts], axis=0)
+    norm = float(np.linalg.norm(total))
+    if not norm > 1e-6:
+        raise QueryError("what is wanted and what is to be avoided cancel out; change the words or the weights")
+    return np.asarray(total / norm, np.float32)[None]
+
+
+def _picture(path: str, encoder: Encoder) -> F32:
+    try:
+        image = decode(read_file(Path(path).resolve()), target=encoder.info.preprocess.side).image
+    except ItemError as error:
+        raise QueryError(f"{path}: {error}") from error
+    return encoder.encode_images(encoder.info.preprocess(image)[None])[0]
+
+
+def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:
+    """For each of `vectors (Q, D)` its k best hits; k asked is k got, if the index has as many."""
+    scores, rows = index.search(vectors, k)
+    source = index.manifest["source"]
+    return [
+        [
+            _hit(rank, float(score), metadata, source)
+            for rank, (score, metadata) in enumerate(zip(s, index.metadata(r), strict=True), 1)
+        ]
+        for s, r in zip(scores, rows, strict=True)
+    ]
+
+
+def _hit(rank: int, score: float, row: dict[str, Any], source: dict[str, Any]) -> Hit:
+    own = {name: row.pop(name) for name in ("id", "caption", "width", "height", "locator")}
+    row.pop("caption_truncated")
+    root = source.get("image_root", source["root"]) if source.get("image_kind") == "path" else source["root"]
+    path = os.path.join(root, row.pop("path"))
+    return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
+
+
+def pictures(index: FlatIndex, hits: list[Hit]) -> list[bytes | None]:
+    """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
+    reader = open_reader(index.manifest["source"])
+    return [
+        None if isinstance(data, ItemError) else data
+        for hit in hits
+        for data in reader.read([hit.locator])
+    ]
+
+
+def picture(data: bytes | None) -> Image.Image | None:
+    """The decoded picture, or None where it cannot be shown."""
+    try:
+        return None if data is None else decode(data).image
+    except ItemError:
+        return None

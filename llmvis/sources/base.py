@@ -1,0 +1,148 @@
+"""What every source and reader has in common: the two protocols, options, safe opening of files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from llmvis.schema import LISTING, RESERVED, ItemError, Reason
+
+CAPTION_COLUMNS = ("caption", "text", "captions", "title", "description", "alt_text", "name", "label")
+"""Where a caption is looked for, in this order, unless a column is named."""
+
+LISTING_CHUNK = 8_192
+"""Rows of a listing that are in memory at a time."""
+
+
+class SourceError(ValueError):
+    """A collection that cannot be read as a whole; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How to read a collection; the defaults find the usual names by themselves."""
+
+    image_column: str | None = None
+    """Parquet: the column with paths, bytes or image structs."""
+    caption_column: str | None = None
+    """Parquet and imagefolder: the column that becomes `caption`."""
+    id_column: str | None = None
+    """Parquet: a column of unique keys that ids are made from (default: file and row)."""
+    image_root: str | None = None
+    """Parquet with a path column: the folder that relative paths start from and none may leave."""
+
+
+class Reader(Protocol):
+    """Opens items; small and picklable, so that it can travel to any node."""
+
+    def read(
+        self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
+    ) -> Iterator[bytes | ItemError]:
+        """For each locator its bytes, or why there are none, in order.
+
+        `stats` are (size, mtime_ns) as the plan saw them: a file that differs is an error.
+        """
+        ...
+
+
+class Source(Protocol):
+    """A collection as the planner sees it."""
+
+    user_columns: list[pa.Field]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: kind, root and settings; part of the fingerprint, and what `open_reader` takes."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What was passed over, in words for the plan (call it after `listing`)."""
+        ...
+
+    def listing(self) -> Iterator[pa.Table]:
+        """Tables of `schema.LISTING` + `user_columns` in canonical order."""
+        ...
+
+
+def pick_caption(names: Sequence[str], asked: str | None, where: str) -> str | None:
+    """The caption column among `names`. Raises `SourceError` if the asked-for one is not there."""
+    if asked is not None:
+        if asked not in names:
+            raise SourceError(f"{where} has no column {asked!r}; it has: {', '.join(names)}")
+        return asked
+    return next((name for name in CAPTION_COLUMNS if name in names), None)
+
+
+def carried(field: pa.Field) -> pa.Field:
+    """The field under which a user's column is carried along."""
+    return field.with_name(f"source_{field.name}") if field.name in RESERVED else field
+
+
+def can_carry(kind: pa.DataType) -> bool:
+    """Whether a user's column goes along into the output: all but raw bytes, alone or inside structs."""
+    if pa.types.is_struct(kind):
+        return all(can_carry(kind.field(i).type) for i in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return can_carry(kind.value_type)
+    return not (
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def listing_table(columns: dict[str, list[Any]], user: pa.Table | None = None) -> pa.Table:
+    """A chunk of a listing; columns not given are null, `user` is set beside it."""
+    rows = len(columns["id"])
+    arrays = [
+        pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(rows, f.type) for f in LISTING
+    ]
+    table = pa.Table.from_arrays(arrays, schema=LISTING)
+    if user is not None:
+        for field, column in zip(user.schema, user.columns, strict=True):
+            table = table.append_column(field, column)
+    return table
+
+
+def inside(root: Path, name: str) -> Path:
+    """The regular place of `name` below `root`. Raises `ItemError` if it would lie outside."""
+    path = Path(os.path.normpath(root / name))
+    if path != root and root not in path.parents:
+        raise ItemError(Reason.UNSAFE_PATH, f"{name!r} lies outside {root}; name its folder with --image-root")
+    return path
+
+
+def read_file(path: bytes | Path, size: int | None = None, mtime_ns: int | None = None) -> bytes:
+    """The bytes of a regular file, or an `ItemError` that says why not.
+
+    Never follows a link in the last place, never blocks on a pipe; where `size` or
+    `mtime_ns` is given, a file that differs has changed since the plan.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise ItemError(_reason(error), error.strerror or str(error)) from error
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ItemError(Reason.UNREADABLE, "not a regular file")
+        if (size is not None and found.st_size != size) or (
+            mtime_ns is not None and found.st_mtime_ns != mtime_ns
+        ):
+            raise ItemError(Reason.CHANGED, f"was {size} bytes when the job was planned, is {found.st_size}")
+        try:
+            return file.read()
+        except OSError as error:
+            raise ItemError(Reason.UNREADABLE, error.strerror or str(error)) from error
+
+
+def _reason(error: OSError) -> Reason:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return Reason.MISSING
+    if error.errno == errno.ELOOP:
+        return Reason.LINK
+    return Reason.UNREADABLE
