@@ -240,7 +240,7 @@ def thumbnail(image: Image.Image, side: int) -> bytes:
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], columns: int, cell: int
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int, cell: int, *, title: str = ""
 ) -> Image.Image:
     """A grid of pictures with one caption line under each, on a light background.
 
@@ -249,6 +249,7 @@ def contact_sheet(
         captions: one for each picture, any text; what does not fit ends in an ellipsis.
         columns: pictures in a row, at least 1.
         cell: side of a picture's square in pixels, at least 32.
+        title: a line above the grid, if any.
 
     Returns:
         An RGB picture. A glyph that no font at hand has shows as a box.
@@ -264,15 +265,17 @@ def contact_sheet(
     gap, line = max(cell // 12, 6), size * 2
     columns = max(min(columns, len(images)), 1)
     rows = -(-len(images) // columns)
-    sheet = Image.new(
-        "RGB",
-        (gap + columns * (cell + gap), gap + rows * (cell + line + gap)),
-        (244, 244, 242),
-    )
+    head = size * 3 if title else 0
+    width = gap + columns * (cell + gap)
+    sheet = Image.new("RGB", (width, head + gap + rows * (cell + line + gap)), (244, 244, 242))
     draw = ImageDraw.Draw(sheet)
+    if title:
+        text, font = _lettering(title, size * 4 // 3)
+        text = _ellipsised(text, font, width - 2 * gap)
+        draw.text((gap, (head + gap) / 2 + gap / 3), text, fill=(29, 29, 31), font=font, anchor="lm")
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x = gap + i % columns * (cell + gap)
-        y = gap + i // columns * (cell + line + gap)
+        y = head + gap + i // columns * (cell + line + gap)
         draw.rounded_rectangle((x, y, x + cell - 1, y + cell - 1), radius=gap // 2, fill=(255, 255, 255))
         inner = cell - 2 * (gap // 2)
         fitted = image.convert("RGB")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from llmvis.cluster.jobs import Mapping, Pool, run_job
+from llmvis.cluster.session import session
+from llmvis.encode import LoadEncoder, ReadPictures
 from llmvis.models.protocols import EncoderInfo
+from llmvis.schema import encoded
+from llmvis.sources import Source, open_reader, open_source
 
 SIDE, GRID = 16, 4
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
@@ -29,9 +39,15 @@ INFO = EncoderInfo(
 
 
 class TinyEncoder:
+    """Writes a line `pid rows` a call into the file that TINY_CALLS names, and takes TINY_DELAY seconds."""
+
     info = INFO
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
+        if calls := os.environ.get("TINY_CALLS"):
+            with open(calls, "a") as file:
+                file.write(f"{os.getpid()} {len(images)}\n")
+        time.sleep(float(os.environ.get("TINY_DELAY", "0")))
         cells = images.astype(np.float32).reshape(len(images), GRID, SIDE // GRID, GRID, SIDE // GRID, 3)
         return unit(cells.mean(axis=(2, 4)).reshape(len(images), -1) - 127.0)
 
@@ -49,3 +65,38 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def load(model: str | None = None) -> TinyEncoder:
     return TinyEncoder()
+
+
+def mapping(source: Source) -> Mapping:
+    """Encoding with the tiny encoder, to the job engine."""
+    return Mapping(
+        job="encode",
+        settings={"model": INFO.name, "model_fingerprint": INFO.fingerprint},
+        about={"model": {"name": INFO.name, "fingerprint": INFO.fingerprint, "dim": INFO.dim, "licence": "none"}},
+        prepare=ReadPictures(
+            reader=open_reader(source.describe()), preprocess=INFO.preprocess, max_pixels=10**7, max_bytes=10**7
+        ),
+        load=LoadEncoder(load=load, model=None, fingerprint=INFO.fingerprint),
+        schema=encoded(INFO.dim, source.user_columns),
+    )
+
+
+def run(images: str, out: str, shard_items: int = 8) -> dict[str, object]:
+    """The whole job on the Ray that is connected."""
+    source = open_source(images)
+    return run_job(mapping(source), source, out, Pool(shard_items=shard_items), quiet=True)
+
+
+def pictures(folder: Path, count: int) -> list[str]:
+    """Writes `count` small PNGs; returns their names as ids are made from."""
+    rng = np.random.default_rng(0)
+    names = [f"{i:05}.png" for i in range(count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name)
+    return names
+
+
+if __name__ == "__main__":  # a driver of its own, for tests that kill it
+    with session(num_cpus=2):
+        print(json.dumps(run(sys.argv[1], sys.argv[2])))

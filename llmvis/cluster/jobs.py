@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,9 @@ from llmvis.summary import job_report
 from llmvis.schema import DEAD_LETTER, ItemError, Reason
 from llmvis.sources import Source
 from llmvis.storage import Store
+
+WAVE_SHARDS = 4_096
+"""Shards that Ray Data is given at a time: its driver keeps 4 kB for each, and 1 ms."""
 
 Row = dict[str, Any]
 Arrays = npt.NDArray[Any]
@@ -140,10 +143,18 @@ def _run_shards(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.wait_for_min_actors_s = -1
-    out = str(store.root)
+    sizes = {shard: min(plan.shard_items, plan.items - shard * plan.shard_items) for shard in todo}
+    with _progress(plan, plan.items - sum(sizes.values()), quiet) as bar:
+        for at in range(0, len(todo), WAVE_SHARDS):
+            for shard in _wave(mapping, str(store.root), todo[at : at + WAVE_SHARDS], place):
+                bar.update(sizes[shard])
+
+
+def _wave(mapping: Mapping, out: str, shards: list[int], place: Placement) -> Iterator[int]:
+    """Does `shards`, one Ray row each, and gives the number of each as it is committed."""
     rows = (
-        ray.data.range(len(todo), override_num_blocks=len(todo))
-        .map(_prepare, fn_kwargs={"todo": todo, "out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
+        ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+        .map(_prepare, fn_kwargs={"out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
         .map(
             _Actor,
             fn_constructor_kwargs={"load": mapping.load},
@@ -153,14 +164,8 @@ def _run_shards(
         )
         .map(_commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=place.task_cpus / 5)
     )
-    items = {shard: _shard_items(plan, shard) for shard in range(plan.shards)}
-    with _progress(plan, sum(items[s] for s in range(plan.shards) if s not in set(todo)), quiet) as bar:
-        for row in rows.iter_rows():
-            bar.update(items[row["shard"]])
-
-
-def _shard_items(plan: Plan, shard: int) -> int:
-    return min(plan.shard_items, plan.items - shard * plan.shard_items)
+    for row in rows.iter_rows():
+        yield row["shard"]
 
 
 def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
@@ -177,10 +182,10 @@ def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
     )
 
 
-def _prepare(row: Row, todo: list[int], out: str, prepare: Prepare) -> Row:
+def _prepare(row: Row, out: str, prepare: Prepare) -> Row:
     """Stage 1, a task: reads and decodes one shard."""
     started = time.time()
-    shard = todo[int(row["id"])]
+    shard = int(row["shard"])
     listing = read_shard(Store(out).path("plan"), shard)
     duplicate = pa.compute.equal(listing["reason"], DUPLICATE).fill_null(False)
     bad = listing.filter(pa.compute.and_not(listing["reason"].is_valid(), duplicate))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +48,7 @@ class TransformersEncoder:
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         self._model = _load_model(folder).to(device=self.device, dtype=self.dtype)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer = _load_tokenizer(folder)
         config = self._model.config
         self._is_siglip = config.model_type in _SIGLIP
         self._max_tokens = _max_tokens(self._tokenizer, config)
@@ -133,7 +134,7 @@ def _grey() -> Any:
 
 def _load_model(folder: Path) -> Any:
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, report = AutoModel.from_pretrained(
             folder,
@@ -142,9 +143,11 @@ def _load_model(folder: Path) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
+    except SafetensorError as e:
+        raise EncoderError(f"{folder}: the weights can't be read ({e}); copy the checkpoint again") from e
     finally:
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     kind = type(model).__name__
     for function in ("get_image_features", "get_text_features"):
         if not callable(getattr(model, function, None)):
@@ -158,6 +161,15 @@ def _load_model(folder: Path) -> Any:
             "transformers would fill them with random numbers. Give the whole checkpoint"
         )
     return model.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # a missing package, a file that is cut off; tokenizers raises plain Exception
+        raise EncoderError(
+            f"{folder}: its tokenizer can't be loaded: {' '.join(str(e).split())[:400]}"
+        ) from e
 
 
 def _max_tokens(tokenizer: Any, config: Any) -> int:

@@ -32,6 +32,7 @@ _SETTINGS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
 )
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = "transformers-1"
 """Part of the fingerprint: change it when the adapter gives other embeddings for the same files."""
@@ -72,6 +73,12 @@ def describe_encoder(name: str | None = None) -> EncoderInfo:
 
         return describe_two_tower(folder)
     _check_weights(folder)
+    if not any(file for pattern in _VOCABULARY for file in folder.glob(pattern)):
+        # transformers would make up a vocabulary of three words and say nothing
+        raise EncoderError(
+            f"{folder} has no tokenizer (tokenizer.json, vocab.json, vocab.txt or spiece.model); "
+            "save the model's own there: AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
+        )
     return EncoderInfo(
         name=title,
         fingerprint=_fingerprint(folder),
@@ -111,10 +118,10 @@ def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType =
 def _locate(name: str) -> tuple[Path, str]:
     """The folder that holds a model, and the name to keep in manifests."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve(), str(folder.resolve())
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise EncoderError(f"no folder {name}; give a folder with config.json, or a Hugging Face name")
+        raise EncoderError(f"no folder {name!r}; give a folder with config.json, or a Hugging Face name")
     return _download(name), name
 
 
@@ -135,8 +142,8 @@ def _download(name: str) -> Path:
     except OSError as e:  # no connection and not in the cache; httpx's errors come as these, too
         raise EncoderError(
             f"{name!r} is no folder here and not in the Hugging Face cache, and the hub can't be reached "
-            f"({' '.join(str(e).split())[:120]}). Where it can be, run `hf download {name} --local-dir model`, "
-            "copy the folder to every node, and give its path"
+            f"({' '.join(str(e).split())[:120]}). Where it can be, run "
+            f"`hf download {name} --local-dir model`, copy the folder to every node, and give its path"
         ) from e
 
 
@@ -168,10 +175,11 @@ def _check_weights(folder: Path) -> None:
     pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
     if pickled:
         raise EncoderError(
-            f"{folder} has its weights only as {', '.join(pickled)}: pickle, which can run code when it is "
-            "opened, so llmvis never reads it. If you trust the file, save it once as safetensors, on a machine "
-            "without secrets: AutoModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder), "
-            "with AutoProcessor likewise; many hub models also have a pull request that adds model.safetensors"
+            f"{folder} has its weights only as {', '.join(pickled)}: pickle, which can run code when it "
+            "is opened, so llmvis never reads it. If you trust the file, save it as safetensors, once, on a "
+            "machine without secrets: AutoModel.from_pretrained(folder, use_safetensors=False)"
+            ".save_pretrained(new_folder), and AutoProcessor likewise. Many hub models also have a pull "
+            "request that adds model.safetensors"
         )
     raise EncoderError(f"{folder} has no model.safetensors; give a folder saved by save_pretrained")
 
@@ -184,8 +192,9 @@ def _dimension(config: dict[str, Any], folder: Path) -> int:
     dim = config.get("projection_dim") or _PROJECTION.get(kind)
     if dim is None:
         raise EncoderError(
-            f"model_type {kind!r} in {folder / 'config.json'} states no projection_dim; llmvis reads models with one "
-            f"text and one image embedding: {', '.join(sorted([*_PROJECTION, *_VISION_WIDTH]))} and others alike"
+            f"{folder / 'config.json'}, model_type {kind!r}, states no projection_dim; llmvis reads models "
+            "with one text and one image embedding, such as "
+            + ", ".join(sorted([*_PROJECTION, *_VISION_WIDTH]))
         )
     return int(dim)
 

@@ -27,6 +27,11 @@ class SquarePreprocess:
     mode: Mode = "pad"
     background: tuple[int, int, int] = (255, 255, 255)
 
+    @property
+    def side(self) -> int:
+        """Shortest side that it makes use of, pixels."""
+        return self.size
+
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize with Pillow's antialiased bicubic filter; raises `ValueError` on a mode that is not RGB."""
         if image.mode != "RGB":

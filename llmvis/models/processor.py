@@ -79,7 +79,9 @@ class ProcessorPreprocess:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "preprocessor_config.json").write_text(json.dumps(self.settings))
             Path(folder, "config.json").write_text(json.dumps({"model_type": self.model_type}))
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, backend="pil", trust_remote_code=False
+            )
         shapes = set()
         for width, height in ((50, 90), (300, 200)):
             output = processor(
@@ -94,6 +96,17 @@ class ProcessorPreprocess:
         if len(shapes) > 1:
             raise EncoderError(self._refusal("the size of its output depends on the picture"))
         return processor
+
+    @property
+    def side(self) -> int:
+        """The largest number among the processor's sizes, pixels: no smaller picture would do."""
+        if self.settings.get("do_resize") is False:
+            return 2**30  # it crops from the pixels as they are
+        sizes = [self.settings.get("size") or 224]
+        if self.settings.get("do_center_crop") is not False:
+            sizes.append(self.settings.get("crop_size"))
+        numbers = [n for size in sizes for n in (size.values() if isinstance(size, dict) else [size])]
+        return max(int(n) for n in numbers if n is not None)
 
     def _refusal(self, why: str) -> str:
         kind = self.settings.get("image_processor_type") or self.settings.get("feature_extractor_type")

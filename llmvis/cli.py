@@ -1,0 +1,141 @@
+"""`llmvis search | demo`: the commands that people type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmvis.config import parse
+from llmvis.entry import entry
+from llmvis.index import FlatIndex, open_index, read_info
+from llmvis.models.load import load_encoder
+from llmvis.report import QueryResult, gallery, sheet
+from llmvis.search import Hit, Query, pictures, query_vector, search
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search an index by a text, by a picture, or by both, with things to avoid.
+
+    Examples:
+
+      llmvis search --index idx/ "a red flower" -k 10
+
+      llmvis search --index idx/ "a flower" --not red yellow --html page.html
+
+      llmvis search --index idx/ --image rose.jpg "on a table" --text-weight 0.5 --json
+    """
+
+    text: Annotated[str | None, tyro.conf.Positional] = None
+    """What to look for, in words."""
+    index: str
+    """Folder that `jobs.index` made."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many pictures; as many come, if the index has them."""
+    image: str | None = None
+    """A picture to look for, alone or together with the text."""
+    not_: Annotated[tuple[str, ...], tyro.conf.arg(name="not")] = ()
+    """Texts to stay away from."""
+    text_weight: float = 1.0
+    """How much the text counts, against --image-weight."""
+    image_weight: float = 1.0
+    """How much the picture counts, against --text-weight."""
+    not_weight: float = 0.5
+    """How much each --not text pushes away."""
+    json: bool = False
+    """Print a JSON list of hits: rank, id, score, path, caption, width, height, and your own columns."""
+    html: str | None = None
+    """Write a page with the pictures."""
+    sheet: str | None = None
+    """Write a contact sheet (PNG)."""
+    model: str | None = None
+    """Where the index's model lies on this machine, if not where it was encoded."""
+
+
+def run_search(config: SearchConfig) -> None:
+    info = read_info(config.index)
+    encoder = load_encoder(config.model or info["model"]["name"])
+    index = open_index(config.index, encoder.info.fingerprint)
+    query = Query(
+        text=config.text,
+        image=config.image,
+        avoid=config.not_,
+        text_weight=config.text_weight,
+        image_weight=config.image_weight,
+        avoid_weight=config.not_weight,
+    )
+    (hits,) = search(index, query_vector(query, encoder), config.k)
+    if config.json:
+        print(json.dumps([hit.to_json() for hit in hits], ensure_ascii=False, indent=1, default=str))
+    else:
+        _print_table(hits)
+    if config.html or config.sheet:
+        result = query_result(index, query, hits)
+        if config.html:
+            gallery([result], Path(config.html), title=f"{config.text or config.image} — llmvis")
+            print(f"page: {config.html}", file=sys.stderr)
+        if config.sheet:
+            sheet([result], Path(config.sheet))
+            print(f"contact sheet: {config.sheet}", file=sys.stderr)
+
+
+def query_result(index: FlatIndex, query: Query, hits: list[Hit]) -> QueryResult:
+    """A question with its answers and their pictures, as a page wants it."""
+    asked = Path(query.image).read_bytes() if query.image else None
+    return QueryResult(
+        text=_in_words(query), picture=asked, hits=list(zip(hits, pictures(index, hits), strict=True))
+    )
+
+
+def _in_words(query: Query) -> str:
+    avoided = "".join(f" − {text}" for text in query.avoid)
+    return (query.text or "") + avoided
+
+
+def _print_table(hits: list[Hit]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("rank", "right"), ("score", "right"), ("caption", "left"), ("path", "left")):
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("rank", "score"))  # type: ignore[arg-type]
+    for hit in hits:
+        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(one_line(hit.caption or "")), Text(one_line(hit.path)))
+    Console().print(table)
+
+
+def one_line(text: str) -> str:
+    """Text as it may go to a terminal: one line, no control characters."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {
+    "search": (SearchConfig, run_search, "find pictures by text, by picture, or both"),
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        config, run, _ = COMMANDS[name]
+        run(parse(config, f"llmvis {name}", sys.argv[2:]))
+        return
+    lines = [f"  llmvis {command:<8} {text}" for command, (_, _, text) in COMMANDS.items()]
+    print("usage: llmvis COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nllmvis COMMAND --help says more.")
+    if name not in ("-h", "--help"):
+        print(f"\nerror: no command {name!r}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def cli() -> None:
+    entry(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,238 @@
+"""The job engine: nothing lost, nothing twice, whatever is killed; every bad input has its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import catalogue
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from llmvis.cluster.jobs import Placement, Pool
+from llmvis.plan import LedgerError, PlanError, publish_manifest, publish_shard, read_data, read_manifest
+from llmvis.schema import DEAD_LETTER, Reason, item_id
+from llmvis.storage import LockedError, Store
+
+TESTS = Path(__file__).parent
+
+
+def check_whole(out: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Each of `names` exactly once; every file in data/ whole and named by the manifest."""
+    store = Store(out)
+    manifest = read_manifest(store, "encode")
+    rows = [row for file in manifest["files"] for row in read_data(store, file).to_pylist()]
+    assert Counter(row["id"] for row in rows) == Counter(item_id(n.encode()) for n in names)
+    assert store.names("data") == sorted(f["name"] for f in manifest["files"])
+    for name in store.names("data"):
+        pq.read_table(store.path(name))
+    ledger = manifest["ledger"]
+    assert ledger["input"] == ledger["written"] + ledger["dead_lettered"] + ledger["duplicates"]
+    return rows
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_every_bad_input_of_the_catalogue_gets_its_reason(tmp_path: Path, ray_cluster: None) -> None:
+    images = tmp_path / "images"
+    expected = catalogue.write(images)
+    (images / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(images / "pipe.png")
+    expected |= {"dangling.png": Reason.LINK, "pipe.png": Reason.UNREADABLE}
+    report: Any = tiny.run(str(images), str(tmp_path / "out"), shard_items=16)
+    store = Store(tmp_path / "out")
+    manifest = read_manifest(store, "encode")
+    dead = {r["source"]: r["reason"] for f in manifest["dead"] for r in read_data(store, f).to_pylist()}
+    good = {r["path"] for f in manifest["files"] for r in read_data(store, f).to_pylist()}
+    assert dead == {name: str(reason) for name, reason in expected.items() if reason}
+    assert good == {name for name, reason in expected.items() if reason is None}
+    assert report["ledger"]["dead_by_reason"] == dict(sorted(Counter(dead.values()).items()))
+    assert report["ledger"]["input"] == len(expected)
+
+
+def test_rows_carry_caption_size_and_a_unit_vector(tmp_path: Path, ray_cluster: None) -> None:
+    images = tmp_path / "images"
+    tiny.pictures(images, 3)
+    (images / "00000.txt").write_text("a caption\n")
+    (images / "00001.txt").write_text("long " * 1000)
+    tiny.run(str(images), str(tmp_path / "out"))
+    rows = check_whole(tmp_path / "out", ["00000.png", "00001.png", "00002.png"])
+    rows.sort(key=lambda r: r["path"])
+    assert [r["caption"] and r["caption"][:9] for r in rows] == ["a caption", "long long", None]
+    assert [(r["caption_truncated"], r["width"], r["height"]) for r in rows] == [(False, 8, 8), (True, 8, 8), (False, 8, 8)]
+    vectors = np.array([r["embedding"] for r in rows], np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+
+
+def test_the_same_file_twice_is_one_row_and_counted(tmp_path: Path, ray_cluster: None) -> None:
+    names = tiny.pictures(tmp_path, 5)
+    pq.write_table(pa.table({"path": [*names, names[1], names[1], names[4]]}), tmp_path / "rows.parquet")
+    report: Any = tiny.run(str(tmp_path / "rows.parquet"), str(tmp_path / "out"), shard_items=2)
+    assert report["ledger"]["duplicates"] == 3
+    check_whole(tmp_path / "out", names)
+
+
+def test_an_empty_collection_is_a_finished_job(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "images").mkdir()
+    report: Any = tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))
+    assert report["ledger"]["input"] == 0
+    check_whole(tmp_path / "out", [])
+
+
+def test_a_finished_job_runs_no_model_and_changes_no_byte(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.pictures(tmp_path / "images", 20)
+    tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))
+    before = snapshot(tmp_path / "out")
+    monkeypatch.setattr("llmvis.cluster.jobs._run_shards", lambda *a: pytest.fail("worked again"))
+    report: Any = tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))
+    assert report["already_done"]
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_other_input_or_settings_are_refused_by_name(tmp_path: Path, ray_cluster: None) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    tiny.pictures(images, 10)
+    tiny.run(str(images), str(out))
+    (images / "00007.png").write_bytes((images / "00001.png").read_bytes() + b"longer")
+    with pytest.raises(PlanError, match=r"changed: 00007\.png"):
+        tiny.run(str(images), str(out))
+    tiny.pictures(images, 11)
+    with pytest.raises(PlanError, match="11 items, were 10"):
+        tiny.run(str(images), str(out))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(PlanError, match="not empty"):
+        tiny.run(str(tmp_path / "other"), str(images))
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with Store(tmp_path / "out").lock(), pytest.raises(LockedError, match="in use by process"):
+        tiny.run(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_books_that_do_not_balance_are_not_published(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows, dead = pa.table({"id": ["a"]}), DEAD_LETTER.empty_table()
+    with pytest.raises(LedgerError):
+        publish_shard(store, 0, rows, dead, items=2, duplicates=0, seconds={})
+    publish_shard(store, 0, rows, dead, items=1, duplicates=0, seconds={})
+    from llmvis.plan import Plan
+
+    plan = Plan(job="x", fingerprint="", parts={"source": {}}, items=2, duplicates=0, bad=0, bytes=0, shards=1, shard_items=2)  # fmt: skip
+    with pytest.raises(LedgerError):
+        publish_manifest(store, plan, {})
+    assert not store.exists("manifest.json")
+
+
+def driver(images: Path, out: Path, calls: Path, delay: float = 0.05) -> subprocess.Popen[str]:
+    """The job in a process group of its own, with its own Ray."""
+    env = {**os.environ, "TINY_CALLS": str(calls), "TINY_DELAY": str(delay)}
+    command = [sys.executable, str(TESTS / "tiny.py"), str(images), str(out)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_commits(out: Path, count: int, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while len(Store(out).names("_commits")) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "no progress"
+        time.sleep(0.002)
+
+
+def last_json(said: str) -> str:
+    """The last line that is an object: Ray prints what its workers say to stdout, too."""
+    return [line for line in said.splitlines() if line.startswith("{")][-1]
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    report: dict[str, Any] = json.loads(last_json(out))
+    return report
+
+
+def calls_of(path: Path) -> list[tuple[int, int]]:
+    return [(int(a), int(b)) for a, b in (line.split() for line in path.read_text().splitlines())]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_driver_killed_at_a_random_moment_goes_on(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    images, out, calls = tmp_path / "images", tmp_path / "out", tmp_path / "calls"
+    names = tiny.pictures(images, 240)  # 30 shards
+    process = driver(images, out, calls)
+    wait_for_commits(out, rng.randint(1, 20), process)
+    time.sleep(rng.random() * 0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists(), "the kill came too late to prove anything"
+    done = len(Store(out).names("_commits"))
+    report = finish(driver(images, out, calls))
+    assert report["shards_resumed"] >= done
+    check_whole(out, names)
+    assert not list(out.rglob(".aside-*"))
+
+
+def test_a_killed_actor_is_replaced_and_its_shard_done_once(tmp_path: Path) -> None:
+    images, out, calls = tmp_path / "images", tmp_path / "out", tmp_path / "calls"
+    names = tiny.pictures(images, 240)
+    process = driver(images, out, calls, delay=0.1)
+    wait_for_commits(out, 3, process)
+    victim = calls_of(calls)[-1][0]
+    os.kill(victim, signal.SIGKILL)
+    at = len(calls_of(calls))
+    finish(process)
+    assert not Path(f"/proc/{victim}").exists()
+    assert victim not in {pid for pid, _ in calls_of(calls)[at + 1 :]}, "the kill did not fire"
+    check_whole(out, names)
+
+
+def test_a_node_removed_in_mid_job_is_made_up_for(tmp_path: Path) -> None:
+    names = tiny.pictures(tmp_path / "images", 320)
+    env = {**os.environ, "TINY_DELAY": "0.2"}
+    command = [sys.executable, str(TESTS / "three_nodes.py"), str(tmp_path / "images"), str(tmp_path / "out")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    said = json.loads(last_json(run.stdout))
+    assert said["alive_before"] == 3 and said["alive_after"] == 2
+    assert 0 < said["commits_at_removal"] < 40
+    check_whole(tmp_path / "out", names)
+
+
+@pytest.mark.parametrize(
+    ("pool", "cpus", "gpus", "shards", "actors", "share"),
+    [
+        (Pool(), 8, 0, 100, 8, 0),
+        (Pool(), 8, 0, 3, 3, 0),
+        (Pool(), 8, 2, 100, 2, 1),
+        (Pool(gpus_per_actor=0.25), 8, 2, 100, 8, 0.25),
+        (Pool(gpus_per_actor=0), 8, 2, 100, 8, 0),
+        (Pool(actors=1), 8, 0, 100, 1, 0),
+    ],
+)
+def test_a_pool_fits_the_cluster(
+    pool: Pool, cpus: int, gpus: float, shards: int, actors: int, share: float
+) -> None:
+    place = Placement.fit(pool, cpus, gpus, shards)
+    assert (place.actors, place.gpus) == (actors, share)
+
+
+def test_a_pool_that_cannot_be_placed_says_so() -> None:
+    with pytest.raises(ValueError, match="the cluster has 0"):
+        Placement.fit(Pool(gpus_per_actor=1), 8, 0, 10)

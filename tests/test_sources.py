@@ -1,0 +1,186 @@
+"""Listings are canonical and complete; readers give bytes or a reason, never an exception."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmvis.schema import ItemError, Reason, item_id
+from llmvis.sources import SourceError, SourceOptions, open_reader, open_source
+from llmvis.sources import base as sources_base
+
+
+def rows(folder: Path, **options: Any) -> list[dict[str, Any]]:
+    source = open_source(str(folder), SourceOptions(**options))
+    return [row for chunk in source.listing() for row in chunk.to_pylist()]
+
+
+def contents(folder: Path, **options: Any) -> list[bytes | Reason]:
+    """What the reader gives for every row of the listing."""
+    source = open_source(str(folder), SourceOptions(**options))
+    reader = pickle.loads(pickle.dumps(open_reader(source.describe())))  # noqa: S301 - our own, as Ray does
+    listed = [row for chunk in source.listing() for row in chunk.to_pylist()]
+    found = reader.read([r["locator"] for r in listed], [(r["size"], r["mtime_ns"]) for r in listed])
+    return [data.reason if isinstance(data, ItemError) else data for data in found]
+
+
+def files(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def test_a_folder_is_listed_depth_first_in_byte_order(tmp_path: Path) -> None:
+    files(tmp_path, "b.jpg", "a/2.png", "a/10.png", "a.jpg", "Z.jpg", "a/sub/x.gif", ".hidden/y.jpg", "a/.y.jpg")
+    names = ["Z.jpg", "a.jpg", "a/10.png", "a/2.png", "a/sub/x.gif", "b.jpg"]
+    assert [r["path"] for r in rows(tmp_path)] == names
+    assert [r["id"] for r in rows(tmp_path)] == [item_id(n.encode()) for n in names]
+    assert contents(tmp_path) == [n.encode() for n in names]
+
+
+def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+    files(tmp_path, "here/a.jpg", "there/a.jpg")
+    assert rows(tmp_path / "here")[0]["id"] == rows(tmp_path / "there")[0]["id"]
+
+
+def test_captions_lie_beside_pictures_and_other_sidecars_are_counted(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg", "a.txt", "b.jpg", "notes.md", "c.json")
+    source = open_source(str(tmp_path))
+    listed = [row for chunk in source.listing() for row in chunk.to_pylist()]
+    assert [(r["path"], r["caption_locator"]) for r in listed] == [("a.jpg", b"a.txt"), ("b.jpg", None)]
+    assert source.notes() == ["1 .json files passed over", "1 .md files passed over"]
+
+
+def test_names_are_bytes(tmp_path: Path) -> None:
+    odd = [b"new\nline.jpg", b"not-utf8-\xff.jpg", "多.jpg".encode()]
+    for name in odd:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(name)
+    assert sorted(contents(tmp_path)) == sorted(odd)
+    assert {r["path"] for r in rows(tmp_path)} == {"new\nline.jpg", "not-utf8-\\xff.jpg", "多.jpg"}
+
+
+def test_links_are_not_followed_out_and_inner_ones_are_the_same_item(tmp_path: Path) -> None:
+    files(tmp_path, "in/a.jpg", "out/secret.jpg")
+    inside = tmp_path / "in"
+    (inside / "same.jpg").symlink_to("a.jpg")
+    (inside / "dangling.jpg").symlink_to("nowhere")
+    (inside / "loop").symlink_to("loop")
+    (inside / "outside.jpg").symlink_to(tmp_path / "out" / "secret.jpg")
+    (inside / "folder").symlink_to(inside)
+    os.mkfifo(inside / "pipe")
+    found = {r["path"] if r["reason"] else f"ok {r['path']}": r["reason"] for r in rows(inside)}
+    links = dict.fromkeys(["dangling.jpg", "loop", "outside.jpg", "folder"], "link")
+    assert found == {"ok a.jpg": None, "ok pipe": None} | links
+    assert [r["path"] for r in rows(inside)].count("a.jpg") == 2
+    assert Reason.UNREADABLE in contents(inside)  # the pipe; opening it must not block
+
+
+def test_a_file_that_vanishes_or_changes_after_the_plan_has_a_reason(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    listed = rows(tmp_path)
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.jpg").write_bytes(b"longer than before")
+    reader = open_reader(open_source(str(tmp_path)).describe())
+    found = list(reader.read([r["locator"] for r in listed], [(r["size"], r["mtime_ns"]) for r in listed]))
+    assert [f.reason if isinstance(f, ItemError) else f for f in found] == [Reason.MISSING, Reason.CHANGED, b"c.jpg"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_an_imagefolder_brings_captions_and_columns(tmp_path: Path, ending: str) -> None:
+    files(tmp_path, "a.jpg", "sub/b.jpg", "extra.jpg")
+    table = pa.table(
+        {
+            "file_name": ["sub/b.jpg", "a.jpg", "gone.jpg", "../../etc/passwd", "a.jpg"],
+            "text": ["bee", "ay", "gone", "evil", "twice"],
+            "stars": [5, 4, 3, 2, 1],
+        }
+    )
+    if ending == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in table.to_pylist()))
+    elif ending == "csv":
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(table, tmp_path / "metadata.csv")
+    else:
+        pq.write_table(table, tmp_path / "metadata.parquet")
+    found = [(r["path"], r["caption"], r["stars"], r["reason"]) for r in rows(tmp_path)]
+    assert found == [
+        ("a.jpg", "ay", 4, None),
+        ("a.jpg", "twice", 1, None),
+        ("extra.jpg", None, None, None),
+        ("sub/b.jpg", "bee", 5, None),
+        ("gone.jpg", "gone", 3, "missing"),
+        ("../../etc/passwd", "evil", 2, "unsafe_path"),
+    ]
+
+
+def test_parquet_bytes_structs_and_paths(tmp_path: Path) -> None:
+    files(tmp_path, "pics/a.jpg")
+    structs = pa.StructArray.from_arrays(
+        [pa.array([b"1", None, None], pa.binary()), pa.array(["x", "pics/a.jpg", None])], ["bytes", "path"]
+    )
+    pq.write_table(pa.table({"image": structs, "text": ["one", "two", None]}), tmp_path / "s.parquet")
+    assert contents(tmp_path / "s.parquet") == [b"1", b"pics/a.jpg", Reason.EMPTY]
+    pq.write_table(pa.table({"n": [1, 2], "jpg": [b"1", b"2"]}), tmp_path / "b.parquet")
+    assert contents(tmp_path / "b.parquet") == [b"1", b"2"]
+    paths = ["pics/a.jpg", "../x", None, "pics/none.jpg", "pics/a.jpg"]
+    pq.write_table(pa.table({"path": paths, "caption": list("abcde")}), tmp_path / "p.parquet")
+    listed = rows(tmp_path / "p.parquet")
+    assert [r["reason"] for r in listed] == [None, "unsafe_path", "empty", "missing", None]
+    assert listed[0]["id"] == listed[4]["id"]
+
+
+def test_many_row_groups_come_back_in_order(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"%d" % i for i in range(1000)], "key": [f"k{i}" for i in range(1000)]})
+    pq.write_table(table.slice(0, 600), tmp_path / "0.parquet", row_group_size=170)
+    pq.write_table(table.slice(600), tmp_path / "1.parquet", row_group_size=170)
+    assert contents(tmp_path, id_column="key") == [b"%d" % i for i in range(1000)]
+    assert rows(tmp_path, id_column="key")[7]["id"] == item_id(b"k7")
+    assert rows(tmp_path)[601]["path"] == "1.parquet#1"
+
+
+def test_a_table_that_lacks_the_column_stops_the_job_before_it_starts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1"], "text": ["a"]}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "1.parquet")
+    with pytest.raises(SourceError, match=r"1\.parquet has no column 'text'"):
+        open_source(str(tmp_path))
+    pq.write_table(pa.table({"image": [b"1"], "text": [1]}), tmp_path / "1.parquet")
+    with pytest.raises(SourceError, match="int64"):
+        open_source(str(tmp_path))
+
+
+def test_a_changed_table_is_not_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "0.parquet")
+    description = open_source(str(tmp_path)).describe()
+    pq.write_table(pa.table({"image": [b"3", b"4", b"5"]}), tmp_path / "0.parquet")
+    found = list(open_reader(description).read([b"0:0:0", b"0:0:1"]))
+    assert [f.reason for f in found if isinstance(f, ItemError)] == [Reason.CHANGED] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.write_bytes(b"x"), "takes a folder"),
+    ],
+)
+def test_what_is_no_collection_is_refused_with_words(tmp_path: Path, make: Any, words: str) -> None:
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(SourceError, match=words):
+        open_source(str(path))
+
+
+def test_a_users_columns_keep_their_names_unless_taken() -> None:
+    assert sources_base.carried(pa.field("stars", pa.int8())).name == "stars"
+    assert sources_base.carried(pa.field("id", pa.string())).name == "source_id"
+    assert not sources_base.can_carry(pa.struct([("bytes", pa.binary())]))

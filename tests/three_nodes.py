@@ -1,0 +1,52 @@
+"""A job on three nodes, one of which is removed without notice while it works. Prints what was seen."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+import tiny
+from ray.cluster_utils import Cluster
+
+from llmvis.storage import Store
+
+
+def alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def main(images: str, out: str) -> None:
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    cluster = Cluster(
+        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "_system_config": quick}
+    )
+    cluster.add_node(num_cpus=1)
+    victim = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    before = alive()
+    seen: dict[str, Any] = {}
+
+    def remove() -> None:
+        while len(Store(out).names("_commits")) < 4:
+            time.sleep(0.01)
+        seen["commits_at_removal"] = len(Store(out).names("_commits"))
+        cluster.remove_node(victim, allow_graceful=False)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    tiny.run(images, out)
+    remover.join()
+    until = time.monotonic() + 30
+    while alive() == before and time.monotonic() < until:
+        time.sleep(0.1)
+    print(json.dumps(seen | {"alive_before": before, "alive_after": alive()}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
