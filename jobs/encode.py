@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmvis.cluster.jobs import Mapping, Pool, run_job
 from llmvis.cluster.session import session
@@ -45,7 +46,8 @@ def mapping(config: EncodeConfig, source: Source, info: EncoderInfo) -> Mapping:
     )
 
 
-def run(config: EncodeConfig) -> None:
+def run(config: EncodeConfig) -> dict[str, Any]:
+    """Runs or plans the job; returns the report that is printed."""
     options = SourceOptions(
         image_column=config.image_column,
         caption_column=config.caption_column,
@@ -61,10 +63,8 @@ def run(config: EncodeConfig) -> None:
         ) as (plan, _):
             what = {"model": f"{info.name}, {info.dim} dimensions ({info.licence})", "out": config.out}
             print("\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=2 * info.dim + 100)))
-        return
-    pool = Pool(
-        actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items
-    )
+        return {}
+    pool = Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items)
     with session(config.num_cpus):
         report = run_job(job, source, config.out, pool)
     for note in source.notes():
@@ -72,6 +72,7 @@ def run(config: EncodeConfig) -> None:
     print("\n".join(report_lines(report, config.out)))
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def main() -> None:

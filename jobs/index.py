@@ -45,7 +45,8 @@ def run(config: IndexConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     report = {"job": "index", "version": built["version"], "rows": rows, "dim": dim, "bytes": count}
     report |= {"wall_s": round(seconds, 3), "model": built["model"]["name"], "kind": built["kind"]}
-    print(f"index: {rows:,} vectors × {dim}, exact, {size(count)} in {config.out} (version {built['version']}), {seconds:.1f} s")
+    where = f"{size(count)} in {config.out} (version {built['version']})"
+    print(f"index: {rows:,} vectors × {dim}, exact, {where}, {seconds:.1f} s")
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
     return report

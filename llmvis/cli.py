@@ -5,60 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmvis.config import parse
+from llmvis.config import SearchConfig, parse
+from llmvis.demo import DemoConfig, run_demo
 from llmvis.entry import entry
 from llmvis.index import FlatIndex, open_index, read_info
 from llmvis.models.load import load_encoder
-from llmvis.report import QueryResult, gallery, sheet
+from llmvis.report import QueryResult, gallery, one_line, sheet
 from llmvis.search import Hit, Query, pictures, query_vector, search
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """Search an index by a text, by a picture, or by both, with things to avoid.
-
-    Examples:
-
-      llmvis search --index idx/ "a red flower" -k 10
-
-      llmvis search --index idx/ "a flower" --not red yellow --html page.html
-
-      llmvis search --index idx/ --image rose.jpg "on a table" --text-weight 0.5 --json
-    """
-
-    text: Annotated[str | None, tyro.conf.Positional] = None
-    """What to look for, in words."""
-    index: str
-    """Folder that `jobs.index` made."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
-    """How many pictures; as many come, if the index has them."""
-    image: str | None = None
-    """A picture to look for, alone or together with the text."""
-    not_: Annotated[tuple[str, ...], tyro.conf.arg(name="not")] = ()
-    """Texts to stay away from."""
-    text_weight: float = 1.0
-    """How much the text counts, against --image-weight."""
-    image_weight: float = 1.0
-    """How much the picture counts, against --text-weight."""
-    not_weight: float = 0.5
-    """How much each --not text pushes away."""
-    json: bool = False
-    """Print a JSON list of hits: rank, id, score, path, caption, width, height, and your own columns."""
-    html: str | None = None
-    """Write a page with the pictures."""
-    sheet: str | None = None
-    """Write a contact sheet (PNG)."""
-    model: str | None = None
-    """Where the index's model lies on this machine, if not where it was encoded."""
 
 
 def run_search(config: SearchConfig) -> None:
@@ -106,17 +66,15 @@ def _print_table(hits: list[Hit]) -> None:
     for name, justify in (("rank", "right"), ("score", "right"), ("caption", "left"), ("path", "left")):
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("rank", "score"))  # type: ignore[arg-type]
     for hit in hits:
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(one_line(hit.caption or "")), Text(one_line(hit.path)))
+        table.add_row(
+            str(hit.rank), f"{hit.score:.3f}", Text(one_line(hit.caption or "")), Text(one_line(hit.path))
+        )
     Console().print(table)
-
-
-def one_line(text: str) -> str:
-    """Text as it may go to a terminal: one line, no control characters."""
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {
     "search": (SearchConfig, run_search, "find pictures by text, by picture, or both"),
+    "demo": (DemoConfig, run_demo, "the packaged collection, encoded, indexed, searched: a page to look at"),
 }
 
 

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 import yaml
 
 ConfigT = TypeVar("ConfigT")
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +84,45 @@ class IndexConfig:
     """Write the report there too, as JSON."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search an index by a text, by a picture, or by both, with things to avoid.
+
+    Examples:
+
+      llmvis search --index idx/ "a red flower" -k 10
+
+      llmvis search --index idx/ "a flower" --not red yellow --html page.html
+
+      llmvis search --index idx/ --image rose.jpg "on a table" --text-weight 0.5 --json
+    """
+
+    text: Annotated[str | None, tyro.conf.Positional] = None
+    """What to look for, in words."""
+    index: str
+    """Folder that `jobs.index` made."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """How many pictures; as many come, if the index has them."""
+    image: str | None = None
+    """A picture to look for, alone or together with the text."""
+    not_: Annotated[tuple[str, ...], tyro.conf.arg(name="not")] = ()
+    """Texts to stay away from."""
+    text_weight: float = 1.0
+    """How much the text counts, against --image-weight."""
+    image_weight: float = 1.0
+    """How much the picture counts, against --text-weight."""
+    not_weight: float = 0.5
+    """How much each --not text pushes away."""
+    json: bool = False
+    """Print a JSON list of hits: rank, id, score, path, caption, width, height, and your own columns."""
+    html: str | None = None
+    """Write a page with the pictures."""
+    sheet: str | None = None
+    """Write a contact sheet (PNG)."""
+    model: str | None = None
+    """Where the index's model lies on this machine, if not where it was encoded."""
+
+
 def parse(config: type[ConfigT], prog: str, args: Sequence[str] | None = None) -> ConfigT:
     """The command line as a `config`; `--config FILE.yaml` gives values that flags override.
 
@@ -99,7 +137,7 @@ def parse(config: type[ConfigT], prog: str, args: Sequence[str] | None = None) -
         default, given = _from_yaml(config, given[at + 1], prog), given[:at] + given[at + 2 :]
     if default is None:
         return tyro.cli(config, prog=prog, args=given)
-    return tyro.cli(config, prog=prog, args=given, default=default)
+    return cast(ConfigT, tyro.cli(config, prog=prog, args=given, default=default))
 
 
 def _from_yaml(config: type[ConfigT], file: str, prog: str) -> ConfigT:
@@ -125,6 +163,3 @@ def _required(config: type[Any], name: str) -> bool:
 def _fail(prog: str, message: str) -> Any:
     print(f"{prog}: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-

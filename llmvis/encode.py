@@ -32,10 +32,10 @@ class ReadPictures:
     max_pixels: int
     max_bytes: int
 
-    def __call__(
-        self, rows: pa.Table
-    ) -> tuple[pa.Table, npt.NDArray[np.uint8], list[Row], dict[str, float]]:
-        listed = rows.select(["id", "path", "locator", "size", "mtime_ns", "caption", "caption_locator"]).to_pylist()
+    def __call__(self, rows: pa.Table) -> tuple[pa.Table, npt.NDArray[np.uint8], list[Row], dict[str, float]]:
+        listed = rows.select(
+            ["id", "path", "locator", "size", "mtime_ns", "caption", "caption_locator"]
+        ).to_pylist()
         seconds = {"read": 0.0, "decode": 0.0}
         pictures: list[npt.NDArray[np.uint8]] = []
         kept: list[int] = []
@@ -49,7 +49,9 @@ class ReadPictures:
             try:
                 if isinstance(data, ItemError):
                     raise data
-                decoded = decode(data, target=self.preprocess.side, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+                decoded = decode(
+                    data, target=self.preprocess.side, max_pixels=self.max_pixels, max_bytes=self.max_bytes
+                )
                 pictures.append(self.preprocess(decoded.image))
                 caption = self._caption(row)
                 extra.append({**clip(caption), "width": decoded.width, "height": decoded.height})
@@ -73,7 +75,12 @@ class ReadPictures:
         """The kept rows, less what only the reader needs, with what was found out."""
         drop = ["size", "mtime_ns", "caption", "caption_locator", "reason", "detail"]
         table = rows.take(pa.array(kept, pa.int64())).drop_columns(drop)
-        kinds = {"caption": pa.string(), "caption_truncated": pa.bool_(), "width": pa.int32(), "height": pa.int32()}
+        kinds = {
+            "caption": pa.string(),
+            "caption_truncated": pa.bool_(),
+            "width": pa.int32(),
+            "height": pa.int32(),
+        }
         for name, kind in kinds.items():
             table = table.append_column(name, pa.array([e[name] for e in extra], kind))
         return table

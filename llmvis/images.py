@@ -118,9 +118,12 @@ def decode(
         max_pixels: cap on width x height, checked before any pixel is decoded.
         max_bytes: cap on `len(data)`.
         background: the colour under transparent pixels.
-        target: shortest side in pixels that the caller needs. A JPEG at least twice as
-            large is then decoded at 1/2, 1/4 or 1/8 scale (never below `target`), up to
-            three times faster; the whole file is still read and checked. Other formats ignore it.
+        target: shortest side in pixels that the caller will resize to. A large JPEG is then
+            decoded at 1/2, 1/4 or 1/8 scale, never below twice the target, two to three times
+            faster; the whole file is still read and checked. Other formats ignore it.
+            Twice, because embeddings notice: EfficientNet-Lite0 features of two photographs
+            had a cosine of 0.977-0.996 with those of a full decode when decoded down to the
+            target itself, and of 0.9985 or more at twice the target.
 
     Raises:
         ImageError: with `.reason` one of EMPTY, TOO_LARGE, NOT_AN_IMAGE,
@@ -152,7 +155,7 @@ def _decode(data: bytes, kind: str, max_pixels: int, background: RGBColour, targ
                 Reason.TOO_LARGE, f"{width} x {height} = {width * height} pixels, the cap is {max_pixels}"
             )
         if target is not None and kind == "JPEG":
-            image.draft(None, (max(target, 1), max(target, 1)))
+            image.draft(None, (max(2 * target, 1), max(2 * target, 1)))
         image.load()
         orientation = _orientation(image)  # after load: in a PNG it may come last
         turn = _TURN.get(orientation)

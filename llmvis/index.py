@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmvis.schema import FORMAT_VERSION
-from llmvis.storage import Store, StorageError, sha256_bytes, sha256_file, verify
+from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file, verify
 
 F32 = npt.NDArray[np.float32]
 
@@ -105,7 +105,11 @@ def _write_shard(store: Store, name: str, tables: list[pa.Table], dim: int) -> d
     parts = {}
     for ending in ("npy", "arrow"):
         path = store.path(f"{name}.{ending}")
-        parts[ending] = {"name": f"{name}.{ending}", "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        parts[ending] = {
+            "name": f"{name}.{ending}",
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
     return {"rows": rows, "vectors": parts["npy"], "metadata": parts["arrow"]}
 
 
@@ -133,9 +137,7 @@ class FlatIndex:
         self._close = ExitStack()
         self._shards = [self._open(store, shard) for shard in manifest["shards"]]
 
-    def _open(
-        self, store: Store, shard: dict[str, Any]
-    ) -> tuple[npt.NDArray[np.float16], pa.Table]:
+    def _open(self, store: Store, shard: dict[str, Any]) -> tuple[npt.NDArray[np.float16], pa.Table]:
         for part in ("vectors", "metadata"):
             verify(store.path(shard[part]["name"]), shard[part]["sha256"])
         vectors = np.load(store.path(shard["vectors"]["name"]), mmap_mode="r", allow_pickle=False)
@@ -231,5 +233,8 @@ def _current(store: Store) -> dict[str, Any]:
     verify(store.path(name), words[1])
     manifest = store.read_json(name)
     if manifest.get("format") != FORMAT_VERSION or manifest.get("kind") != "flat":
-        raise StorageError(f"{store.root} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; this version cannot read it")
+        raise StorageError(
+            f"{store.root} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; "
+            "this version cannot read it"
+        )
     return manifest

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from llmvis.schema import FORMAT_VERSION, LISTING, ItemError, Reason
 from llmvis.sources import Source
-from llmvis.storage import Store, StorageError, sha256_bytes, sha256_file
+from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file
 
 SHARDS_A_FILE = 128
 DUPLICATE = "duplicate"
@@ -69,13 +69,13 @@ class Plan:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
         if value.get("format") != FORMAT_VERSION:
-            raise PlanError(f"plan.json has format {value.get('format')}, this version reads {FORMAT_VERSION}")
+            raise PlanError(
+                f"plan.json has format {value.get('format')}, this version reads {FORMAT_VERSION}"
+            )
         return cls(**{key: value[key] for key in cls.__dataclass_fields__})
 
 
-def make_plan(
-    folder: Path, *, job: str, source: Source, settings: dict[str, Any], shard_items: int
-) -> Plan:
+def make_plan(folder: Path, *, job: str, source: Source, settings: dict[str, Any], shard_items: int) -> Plan:
     """Lists `source` into `folder/00000.parquet`, … and returns the plan for it.
 
     Streams: memory is 16 bytes an item (to find ids that occur twice) and one shard's rows.
@@ -113,9 +113,9 @@ def _write_listing(
     """Row groups of `shard_items`; returns file names, ids `(N, 2)`, the bad rows' count, bytes listed."""
     names: list[str] = []
     ids: list[npt.NDArray[np.uint64]] = []
-    bad = size = shard = 0
+    bad = size = 0
     writer: pq.ParquetWriter | None = None
-    for rows in _regroup(chunks, shard_items):
+    for shard, rows in enumerate(_regroup(chunks, shard_items)):
         if shard % SHARDS_A_FILE == 0:
             if writer:
                 writer.close()
@@ -127,7 +127,6 @@ def _write_listing(
         ids.append(np.frombuffer(raw, np.uint64).reshape(-1, 2))
         bad += rows.num_rows - rows["reason"].null_count
         size += int(pa.compute.sum(rows["size"]).as_py() or 0)
-        shard += 1
     if writer:
         writer.close()
     return names, np.concatenate(ids) if ids else np.empty((0, 2), np.uint64), bad, size
@@ -169,7 +168,9 @@ def _flag_duplicates(
                 mark[rows[(rows >= start) & (rows < start + table.num_rows)] - start] = True
                 reason = pa.compute.if_else(pa.array(mark), DUPLICATE, table["reason"])
                 at = table.schema.get_field_index("reason")
-                new.write_table(table.set_column(at, schema.field("reason"), reason), row_group_size=shard_items)
+                new.write_table(
+                    table.set_column(at, schema.field("reason"), reason), row_group_size=shard_items
+                )
                 start += table.num_rows
         aside.replace(folder / name)
 
@@ -199,7 +200,10 @@ def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], s
     """
     old = Plan.from_json(store.read_json("plan.json")) if store.exists("plan.json") else None
     size = old.shard_items if old else shard_items  # a resumed job keeps its shards
-    with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.root) as (new, folder):
+    with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.root) as (
+        new,
+        folder,
+    ):
         if old is None:
             _refuse_foreign(store)
             store.delete("plan")
@@ -214,9 +218,13 @@ def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], s
 def _refuse_foreign(store: Store) -> None:
     """Raises `PlanError` if the folder has files that no job of ours made."""
     ours = {"plan", ".lock", "data", "dead", "_commits"}
-    foreign = [p.name for p in store.root.iterdir() if p.name not in ours and not p.name.startswith(".aside-")]
+    foreign = [
+        p.name for p in store.root.iterdir() if p.name not in ours and not p.name.startswith(".aside-")
+    ]
     if foreign:
-        raise PlanError(f"{store.root} is not empty ({foreign[0]}, …) and holds no job; choose a new folder for --out")
+        raise PlanError(
+            f"{store.root} is not empty ({foreign[0]}, …) and holds no job; choose a new folder for --out"
+        )
 
 
 def _difference(store: Store, old: Plan, new: Plan, folder: Path) -> str:
@@ -267,11 +275,24 @@ def committed(store: Store) -> set[int]:
 
 def dead_row(row_id: str, source: str, stage: str, error: ItemError) -> dict[str, str]:
     """A row of `schema.DEAD_LETTER`."""
-    return {"id": row_id, "source": source, "stage": stage, "reason": str(error.reason), "detail": error.detail[:500]}
+    return {
+        "id": row_id,
+        "source": source,
+        "stage": stage,
+        "reason": str(error.reason),
+        "detail": error.detail[:500],
+    }
 
 
 def publish_shard(
-    store: Store, shard: int, rows: pa.Table, dead: pa.Table, *, items: int, duplicates: int, seconds: dict[str, float]
+    store: Store,
+    shard: int,
+    rows: pa.Table,
+    dead: pa.Table,
+    *,
+    items: int,
+    duplicates: int,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Data, then dead letters, then the marker that makes them count; returns the marker.
 
@@ -356,13 +377,19 @@ def check_ledger(ledger: dict[str, Any], plan: Plan) -> None:
 def read_manifest(store: Store, job: str) -> dict[str, Any]:
     """The manifest of a finished `job`. Raises `StorageError` with what to do where there is none."""
     if not store.exists("manifest.json"):
-        state = "was begun and is not finished: run it again and it goes on" if store.exists("plan.json") else "is none"
+        state = (
+            "was begun and is not finished: run it again and it goes on"
+            if store.exists("plan.json")
+            else "is none"
+        )
         raise StorageError(f"{store.root} is not a finished {job} job; it {state}")
     manifest = store.read_json("manifest.json")
     if manifest.get("job") != job:
         raise StorageError(f"{store.root} is the output of {manifest.get('job')!r}, not of {job!r}")
     if manifest.get("format") != FORMAT_VERSION:
-        raise StorageError(f"{store.root} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
+        raise StorageError(
+            f"{store.root} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
@@ -370,5 +397,7 @@ def read_data(store: Store, file: dict[str, Any]) -> pa.Table:
     """One data file of a manifest, whole, after its hash is checked."""
     data = store.read(file["name"])
     if sha256_bytes(data) != file["sha256"]:
-        raise StorageError(f"{store.path(file['name'])} is damaged: its sha256 is not the manifest's; run the job anew")
+        raise StorageError(
+            f"{store.path(file['name'])} is damaged: its sha256 is not the manifest's; run the job anew"
+        )
     return pq.read_table(pa.BufferReader(data), use_threads=False)

@@ -98,7 +98,7 @@ def sheet(queries: Sequence[QueryResult], path: Path, *, columns: int = 6, cell:
     """
     parts = [
         contact_sheet(
-            [_decoded(data, 2 * cell) or Image.new("RGB", (8, 8), (232, 232, 230)) for _, data in q.hits],
+            [_decoded(data, cell) or Image.new("RGB", (8, 8), (232, 232, 230)) for _, data in q.hits],
             [hit.caption or Path(hit.path).name for hit, _ in q.hits],
             columns,
             cell,

@@ -7,7 +7,6 @@ the index's own reader opens.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,11 @@ def query_vector(query: Query, encoder: Encoder) -> F32:
     total = np.sum([weight * vector for weight, vector in parts], axis=0)
     norm = float(np.linalg.norm(total))
     if not norm > 1e-6:
-        raise QueryError("what is wanted and what is to be avoided cancel out; change the words or the weights")
-    return np.asarray(total / norm, np.float32)[None]
+        raise QueryError(
+            "what is wanted and what is to be avoided cancel out; change the words or the weights"
+        )
+    vector: F32 = (total / norm).astype(np.float32)
+    return vector[None]
 
 
 def _picture(path: str, encoder: Encoder) -> F32:
@@ -90,7 +92,8 @@ def _picture(path: str, encoder: Encoder) -> F32:
         image = decode(read_file(Path(path).resolve()), target=encoder.info.preprocess.side).image
     except ItemError as error:
         raise QueryError(f"{path}: {error}") from error
-    return encoder.encode_images(encoder.info.preprocess(image)[None])[0]
+    vectors: F32 = encoder.encode_images(encoder.info.preprocess(image)[None])
+    return vectors[0]
 
 
 def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:
@@ -110,7 +113,7 @@ def _hit(rank: int, score: float, row: dict[str, Any], source: dict[str, Any]) -
     own = {name: row.pop(name) for name in ("id", "caption", "width", "height", "locator")}
     row.pop("caption_truncated")
     root = source.get("image_root", source["root"]) if source.get("image_kind") == "path" else source["root"]
-    path = os.path.join(root, row.pop("path"))
+    path = str(Path(root) / row.pop("path"))
     return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
 
 
@@ -118,9 +121,7 @@ def pictures(index: FlatIndex, hits: list[Hit]) -> list[bytes | None]:
     """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
     reader = open_reader(index.manifest["source"])
     return [
-        None if isinstance(data, ItemError) else data
-        for hit in hits
-        for data in reader.read([hit.locator])
+        None if isinstance(data, ItemError) else data for hit in hits for data in reader.read([hit.locator])
     ]
 
 

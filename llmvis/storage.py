@@ -83,7 +83,9 @@ class Store:
         try:
             value = json.loads(self.read(name))
         except ValueError as error:
-            raise StorageError(f"{self.path(name)} is not valid JSON ({error}); it was not written by llmvis") from error
+            raise StorageError(
+                f"{self.path(name)} is not valid JSON ({error}); it was not written by llmvis"
+            ) from error
         if not isinstance(value, dict):
             raise StorageError(f"{self.path(name)} holds no JSON object; it was not written by llmvis")
         return value

@@ -21,7 +21,15 @@ import pytest
 import tiny
 
 from llmvis.cluster.jobs import Placement, Pool
-from llmvis.plan import LedgerError, PlanError, publish_manifest, publish_shard, read_data, read_manifest
+from llmvis.plan import (
+    LedgerError,
+    Plan,
+    PlanError,
+    publish_manifest,
+    publish_shard,
+    read_data,
+    read_manifest,
+)
 from llmvis.schema import DEAD_LETTER, Reason, item_id
 from llmvis.storage import LockedError, Store
 
@@ -73,7 +81,11 @@ def test_rows_carry_caption_size_and_a_unit_vector(tmp_path: Path, ray_cluster: 
     rows = check_whole(tmp_path / "out", ["00000.png", "00001.png", "00002.png"])
     rows.sort(key=lambda r: r["path"])
     assert [r["caption"] and r["caption"][:9] for r in rows] == ["a caption", "long long", None]
-    assert [(r["caption_truncated"], r["width"], r["height"]) for r in rows] == [(False, 8, 8), (True, 8, 8), (False, 8, 8)]
+    assert [(r["caption_truncated"], r["width"], r["height"]) for r in rows] == [
+        (False, 8, 8),
+        (True, 8, 8),
+        (False, 8, 8),
+    ]
     vectors = np.array([r["embedding"] for r in rows], np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
 
@@ -131,9 +143,8 @@ def test_books_that_do_not_balance_are_not_published(tmp_path: Path) -> None:
     with pytest.raises(LedgerError):
         publish_shard(store, 0, rows, dead, items=2, duplicates=0, seconds={})
     publish_shard(store, 0, rows, dead, items=1, duplicates=0, seconds={})
-    from llmvis.plan import Plan
-
-    plan = Plan(job="x", fingerprint="", parts={"source": {}}, items=2, duplicates=0, bad=0, bytes=0, shards=1, shard_items=2)  # fmt: skip
+    counts = {"items": 2, "duplicates": 0, "bad": 0, "bytes": 0, "shards": 1, "shard_items": 2}
+    plan = Plan(job="x", fingerprint="", parts={"source": {}}, **counts)
     with pytest.raises(LedgerError):
         publish_manifest(store, plan, {})
     assert not store.exists("manifest.json")

@@ -25,7 +25,7 @@ def rows(folder: Path, **options: Any) -> list[dict[str, Any]]:
 def contents(folder: Path, **options: Any) -> list[bytes | Reason]:
     """What the reader gives for every row of the listing."""
     source = open_source(str(folder), SourceOptions(**options))
-    reader = pickle.loads(pickle.dumps(open_reader(source.describe())))  # noqa: S301 - our own, as Ray does
+    reader = pickle.loads(pickle.dumps(open_reader(source.describe())))
     listed = [row for chunk in source.listing() for row in chunk.to_pylist()]
     found = reader.read([r["locator"] for r in listed], [(r["size"], r["mtime_ns"]) for r in listed])
     return [data.reason if isinstance(data, ItemError) else data for data in found]
@@ -39,7 +39,9 @@ def files(folder: Path, *names: str) -> None:
 
 
 def test_a_folder_is_listed_depth_first_in_byte_order(tmp_path: Path) -> None:
-    files(tmp_path, "b.jpg", "a/2.png", "a/10.png", "a.jpg", "Z.jpg", "a/sub/x.gif", ".hidden/y.jpg", "a/.y.jpg")
+    files(
+        tmp_path, "b.jpg", "a/2.png", "a/10.png", "a.jpg", "Z.jpg", "a/sub/x.gif", ".hidden/y.jpg", "a/.y.jpg"
+    )
     names = ["Z.jpg", "a.jpg", "a/10.png", "a/2.png", "a/sub/x.gif", "b.jpg"]
     assert [r["path"] for r in rows(tmp_path)] == names
     assert [r["id"] for r in rows(tmp_path)] == [item_id(n.encode()) for n in names]
@@ -91,7 +93,11 @@ def test_a_file_that_vanishes_or_changes_after_the_plan_has_a_reason(tmp_path: P
     (tmp_path / "b.jpg").write_bytes(b"longer than before")
     reader = open_reader(open_source(str(tmp_path)).describe())
     found = list(reader.read([r["locator"] for r in listed], [(r["size"], r["mtime_ns"]) for r in listed]))
-    assert [f.reason if isinstance(f, ItemError) else f for f in found] == [Reason.MISSING, Reason.CHANGED, b"c.jpg"]
+    assert [f.reason if isinstance(f, ItemError) else f for f in found] == [
+        Reason.MISSING,
+        Reason.CHANGED,
+        b"c.jpg",
+    ]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

@@ -20,7 +20,11 @@ def alive() -> int:
 
 
 def main(images: str, out: str) -> None:
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    quick = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 300,
+        "health_check_failure_threshold": 3,
+    }
     cluster = Cluster(
         initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "_system_config": quick}
     )

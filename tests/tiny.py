@@ -22,7 +22,13 @@ from llmvis.schema import encoded
 from llmvis.sources import Source, open_reader, open_source
 
 SIDE, GRID = 16, 4
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class TinyEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """The colour words of a text, as a plain picture of their mean."""
-        found = [[COLOURS[w] for w in text.lower().split() if w in COLOURS] or [(128, 128, 128)] for text in texts]
+        found = [
+            [COLOURS[w] for w in text.lower().split() if w in COLOURS] or [(128, 128, 128)] for text in texts
+        ]
         return self.encode_images(
             np.stack([np.broadcast_to(np.mean(f, axis=0), (SIDE, SIDE, 3)).astype(np.uint8) for f in found])
         )
@@ -72,9 +80,14 @@ def mapping(source: Source) -> Mapping:
     return Mapping(
         job="encode",
         settings={"model": INFO.name, "model_fingerprint": INFO.fingerprint},
-        about={"model": {"name": INFO.name, "fingerprint": INFO.fingerprint, "dim": INFO.dim, "licence": "none"}},
+        about={
+            "model": {"name": INFO.name, "fingerprint": INFO.fingerprint, "dim": INFO.dim, "licence": "none"}
+        },
         prepare=ReadPictures(
-            reader=open_reader(source.describe()), preprocess=INFO.preprocess, max_pixels=10**7, max_bytes=10**7
+            reader=open_reader(source.describe()),
+            preprocess=INFO.preprocess,
+            max_pixels=10**7,
+            max_bytes=10**7,
         ),
         load=LoadEncoder(load=load, model=None, fingerprint=INFO.fingerprint),
         schema=encoded(INFO.dim, source.user_columns),

@@ -36,10 +36,10 @@ from llmvis.plan import (
     publish_shard,
     read_shard,
 )
-from llmvis.summary import job_report
 from llmvis.schema import DEAD_LETTER, ItemError, Reason
 from llmvis.sources import Source
 from llmvis.storage import Store
+from llmvis.summary import job_report
 
 WAVE_SHARDS = 4_096
 """Shards that Ray Data is given at a time: its driver keeps 4 kB for each, and 1 ms."""
@@ -60,7 +60,7 @@ class Prepare(Protocol):
 class Apply(Protocol):
     """Runs in an actor: prepared rows and arrays → output rows and dead letters."""
 
-    def __call__(self, rows: pa.Table, arrays: Arrays) -> tuple[pa.Table, list[Row]]: ...
+    def __call__(self, rows: pa.Table, arrays: Arrays, /) -> tuple[pa.Table, list[Row]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ class Placement:
     gpus: float
     cpus: float  # that one actor asks for
     task_cpus: float
+    commit_cpus: float
 
     @classmethod
     def fit(cls, pool: Pool, cpus: int, gpus: float, shards: int) -> Placement:
@@ -101,10 +102,12 @@ class Placement:
         """
         share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
         if share > gpus:
-            raise ValueError(f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0")
+            raise ValueError(
+                f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0"
+            )
         most = int(gpus / share) if share else cpus
         actors = min(pool.actors or most, most, max(1, shards))
-        return cls(actors=actors, gpus=share, cpus=0.5, task_cpus=0.4)
+        return cls(actors=actors, gpus=share, cpus=0.5, task_cpus=0.4, commit_cpus=0.1)
 
 
 def run_job(mapping: Mapping, source: Source, out: str, pool: Pool, *, quiet: bool = False) -> dict[str, Any]:
@@ -128,7 +131,9 @@ def run_job(mapping: Mapping, source: Source, out: str, pool: Pool, *, quiet: bo
         if todo:
             _run_shards(mapping, store, source, plan, pool, todo, quiet)
         manifest = publish_manifest(store, plan, mapping.about)
-        report = job_report(store, plan, manifest, todo=todo, list_s=listed, wall_s=time.perf_counter() - begun)
+        report = job_report(
+            store, plan, manifest, todo=todo, list_s=listed, wall_s=time.perf_counter() - begun
+        )
         store.write_json("report.json", report)
         return report
 
@@ -152,18 +157,19 @@ def _run_shards(
 
 def _wave(mapping: Mapping, out: str, shards: list[int], place: Placement) -> Iterator[int]:
     """Does `shards`, one Ray row each, and gives the number of each as it is committed."""
-    rows = (
-        ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-        .map(_prepare, fn_kwargs={"out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
-        .map(
-            _Actor,
-            fn_constructor_kwargs={"load": mapping.load},
-            compute=ActorPoolStrategy(size=place.actors),
-            num_cpus=place.cpus,
-            num_gpus=place.gpus or None,
-        )
-        .map(_commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=place.task_cpus / 5)
+    prepare: Any = _prepare  # Ray's types know functions of one argument only
+    commit: Any = _commit
+    actor: Any = _Actor
+    rows: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    rows = rows.map(prepare, fn_kwargs={"out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
+    rows = rows.map(
+        actor,
+        fn_constructor_kwargs={"load": mapping.load},
+        compute=ActorPoolStrategy(size=place.actors),
+        num_cpus=place.cpus,
+        num_gpus=place.gpus or None,
     )
+    rows = rows.map(commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=place.commit_cpus)
     for row in rows.iter_rows():
         yield row["shard"]
 

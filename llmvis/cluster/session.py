@@ -50,5 +50,5 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
 
 def resources() -> tuple[int, float]:
     """Whole CPUs (at least 1) and GPUs of the cluster as it is now."""
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, int(total.get("CPU", 1))), float(total.get("GPU", 0))

@@ -63,13 +63,13 @@ def describe_encoder(name: str | None = None) -> EncoderInfo:
             model or image processor that the adapter can't serve; with what to do.
     """
     if name in (None, BUILT_IN):
-        from llmvis.models.preprocess import describe_two_tower
+        from llmvis.models.two_tower_info import describe_two_tower
 
         return describe_two_tower()
     folder, title = _locate(str(name))
     config = _read_config(folder)
     if config.get("model_type") == TWO_TOWER:
-        from llmvis.models.preprocess import describe_two_tower
+        from llmvis.models.two_tower_info import describe_two_tower
 
         return describe_two_tower(folder)
     _check_weights(folder)

@@ -47,9 +47,9 @@ def open_source(images: str, options: SourceOptions | None = None) -> Source:
 
 def open_reader(description: dict[str, Any]) -> Reader:
     """The reader for what `Source.describe` once said; raises `SourceError` for an unknown kind."""
-    readers = {"folder": FolderReader, "imagefolder": FolderReader, "parquet": ParquetReader}
     kind = description.get("kind")
-    if kind not in readers:
-        raise SourceError(f"this version of llmvis cannot read a collection of kind {kind!r}")
-    reader: Reader = readers[kind].from_description(description)
-    return reader
+    if kind in ("folder", "imagefolder"):
+        return FolderReader(str(description["root"]))
+    if kind == "parquet":
+        return ParquetReader(description)
+    raise SourceError(f"this version of llmvis cannot read a collection of kind {kind!r}")

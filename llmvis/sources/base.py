@@ -112,7 +112,9 @@ def inside(root: Path, name: str) -> Path:
     """The regular place of `name` below `root`. Raises `ItemError` if it would lie outside."""
     path = Path(os.path.normpath(root / name))
     if path != root and root not in path.parents:
-        raise ItemError(Reason.UNSAFE_PATH, f"{name!r} lies outside {root}; name its folder with --image-root")
+        raise ItemError(
+            Reason.UNSAFE_PATH, f"{name!r} lies outside {root}; name its folder with --image-root"
+        )
     return path
 
 

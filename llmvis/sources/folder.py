@@ -170,10 +170,6 @@ class FolderReader:
     def __init__(self, root: str) -> None:
         self.root = root
 
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> FolderReader:
-        return cls(str(description["root"]))
-
     def read(
         self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
     ) -> Iterator[bytes | ItemError]:

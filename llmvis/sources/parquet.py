@@ -84,7 +84,8 @@ class ParquetSource:
                     raise SourceError(f"{path} has no column {name!r}, which {self.files[0]} has")
                 if schema.field(name).type != want:
                     raise SourceError(
-                        f"{path}: column {name!r} is {schema.field(name).type}, in {self.files[0]} it is {want}"
+                        f"{path}: column {name!r} is {schema.field(name).type}, "
+                        f"in {self.files[0]} it is {want}"
                     )
 
     def describe(self) -> dict[str, Any]:
@@ -135,7 +136,10 @@ class ParquetSource:
                 "locator": [f"{index}:{group}:{at + i}".encode() for i in range(batch.num_rows)],
             }
         if self._id:
-            keys = [str(k).encode() if k is not None else p.encode() for k, p in zip(batch[self._id].to_pylist(), places, strict=True)]
+            keys = [
+                str(k).encode() if k is not None else p.encode()
+                for k, p in zip(batch[self._id].to_pylist(), places, strict=True)
+            ]
         else:
             keys = [p.encode() for p in (listed["path"] if self.image_kind == "path" else places)]
         listed["id"] = [item_id(key) for key in keys]
@@ -150,7 +154,9 @@ class ParquetSource:
 
     def _paths(self, values: list[Any], places: list[str]) -> dict[str, list[Any]]:
         """Listing columns for a column of paths; a null or unsafe one is bad from the start."""
-        rows: dict[str, list[Any]] = {k: [] for k in ("path", "locator", "size", "mtime_ns", "reason", "detail")}
+        rows: dict[str, list[Any]] = {
+            k: [] for k in ("path", "locator", "size", "mtime_ns", "reason", "detail")
+        }
         for value, place in zip(values, places, strict=True):
             shown, locator, size, mtime, reason, detail = place, b"", None, None, None, None
             try:
@@ -184,10 +190,6 @@ class ParquetReader:
         self.column: str = description["image_column"]
         self.kind: str = description["image_kind"]
         self.files: list[dict[str, Any]] = description["files"]
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> ParquetReader:
-        return cls(description)
 
     def read(
         self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
@@ -282,7 +284,11 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _kind_of(kind: pa.DataType) -> str | None:
     """How a column of this type holds pictures: `struct`, `bytes`, `path`, or not at all."""
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):
+    if (
+        pa.types.is_struct(kind)
+        and kind.get_field_index("bytes") >= 0
+        and _is_bytes(kind.field("bytes").type)
+    ):
         return "struct"
     if _is_bytes(kind):
         return "bytes"
@@ -307,4 +313,6 @@ def _pick_image(schema: pa.Schema, asked: str | None, where: str) -> tuple[str, 
     for name in PATH_COLUMNS:
         if kinds.get(name) == "path":
             return name, "path"
-    raise SourceError(f"{where}: which column holds the pictures? Name it with --image-column: {', '.join(names)}")
+    raise SourceError(
+        f"{where}: which column holds the pictures? Name it with --image-column: {', '.join(names)}"
+    )

@@ -1,0 +1,146 @@
+"""Training pairs of the alignment stage: which pictures, which words, what is purged, features.
+
+Rows come from the embedded collection, from openclipart and, where it is at hand, from
+OpenMoji's drawings of the training names. Training drops every row that is near a held-out
+one, in looks (cosine of centred trunk features > 0.70) or in words (cosine of captions >
+0.80). The trunk is frozen, so each augmented view goes through it once and what is trained
+sees features. Knows no Ray.
+
+Shape legend: V views, N rows, F features, T text dimensions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmvis.augment import view_of
+from llmvis.data import load_emoji
+from llmvis.data.drawings import load_drawings
+from llmvis.data.openclipart import load_openclipart
+from llmvis.models.two_tower import IMAGE_BATCH, IMAGE_FEATURES, TextEncoder, TwoTower
+
+NEAR_PICTURE, NEAR_CAPTION = 0.70, 0.80
+HELD_OUT = ("validation", "test", "authors")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture with its words. `texts` are what a query for it may be, in order of trust."""
+
+    id: str
+    image: bytes
+    caption: str
+    keywords: tuple[str, ...]
+    source: str  # emoji, openclipart or openmoji
+    split: str  # train, validation, test or authors
+
+
+@dataclass
+class Bank:
+    """Everything the training loop reads. `features` and `texts` are float16."""
+
+    rows: list[Row]
+    features: torch.Tensor  # (V, N, F)
+    logits: torch.Tensor  # (N, 1000), of view 0
+    phrases: dict[str, int]  # text → row of `texts`
+    texts: torch.Tensor  # (number of phrases, T)
+
+    def where(self, split: str, source: str | None = None) -> np.ndarray:
+        """Indices of the rows of a split (and of one source)."""
+        return np.array([i for i, r in enumerate(self.rows) if r.split == split and source in (None, r.source)], int)
+
+    def captions(self, index: np.ndarray) -> torch.Tensor:
+        """float32 (len(index), T)."""
+        return self.texts[[self.phrases[self.rows[i].caption] for i in index]].float()
+
+
+def load_rows(openclipart: Path | None, openmoji: Path | None) -> list[Row]:
+    """All rows in a fixed order: emoji, openclipart, drawings. A missing source is left out."""
+    tables = [("emoji", load_emoji(columns=["id", "image", "caption", "keywords", "split"]))]
+    if openclipart is not None:
+        tables.append(("openclipart", load_openclipart(openclipart)))
+    if openmoji is not None:
+        tables.append(("openmoji", load_drawings(openmoji)))
+    rows = []
+    for source, table in tables:
+        for row in table.select(["id", "image", "caption", "keywords", "split"]).to_pylist():
+            if row["split"] != "unused":
+                keywords = tuple(word for word in row["keywords"] if word)
+                data = row["image"]["bytes"]
+                rows.append(Row(f"{source}/{row['id']}", data, row["caption"], keywords, source, row["split"]))
+    return rows
+
+
+def texts_of(row: Row) -> list[str]:
+    """Caption; caption with keywords; keywords together; each keyword: what training samples from."""
+    if not row.keywords:
+        return [row.caption]
+    joined = [", ".join([row.caption, *row.keywords[:6]]), ", ".join(row.keywords[:8])]
+    return [row.caption, *joined, *row.keywords]
+
+
+def sample_text(row: Row, rng: np.random.Generator) -> str:
+    """Half the time the caption, else caption with keywords (.2), one keyword (.2), keywords (.1)."""
+    texts = texts_of(row)
+    u = rng.random()
+    if len(texts) == 1 or u < 0.5:
+        return texts[0]
+    if u < 0.7:
+        return texts[1]
+    return texts[2] if u >= 0.9 else texts[3 + int(rng.integers(len(texts) - 3))]
+
+
+@torch.inference_mode()
+def trunk_features(
+    model: TwoTower, rows: Sequence[Row], views: int, seed: int, progress: Callable[[int], Any] = lambda done: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of every view, float16 (V, N, F), and the logits of view 0, float16 (N, 1000)."""
+    model = model.eval().to(memory_format=torch.channels_last)
+    features = torch.empty(views, len(rows), IMAGE_FEATURES, dtype=torch.float16)
+    logits = torch.empty(len(rows), model.class_texts.shape[0], dtype=torch.float16)
+    preprocess = model.config.preprocess
+    for view in range(views):
+        for start in range(0, len(rows), IMAGE_BATCH):
+            part = rows[start : start + IMAGE_BATCH]
+            # a picture's augmentation depends on its id, not on its place in the table
+            pictures = np.stack([view_of(r.image, preprocess, view, _seed(r.id, seed)) for r in part])
+            x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
+            found, scores = model.image_features(x)
+            features[view, start : start + len(part)] = found.half()
+            if view == 0:
+                logits[start : start + len(part)] = scores.half()
+            progress(len(part))
+    return features, logits
+
+
+def embed_phrases(rows: Sequence[Row], encoder: TextEncoder) -> tuple[dict[str, int], torch.Tensor]:
+    """Every text that training or evaluation may use → its place, and float16 (phrases, T)."""
+    unique = sorted({text for row in rows for text in texts_of(row)})
+    return {text: i for i, text in enumerate(unique)}, encoder(unique).half().cpu()
+
+
+def training_rows(bank: Bank, near_picture: float = NEAR_PICTURE, near_caption: float = NEAR_CAPTION) -> np.ndarray:
+    """Indices of the training rows that are near no held-out row, by looks or by caption."""
+    train = bank.where("train")
+    held = np.concatenate([bank.where(split) for split in HELD_OUT])
+    pooled = bank.features[0].float()
+    centred = torch.nn.functional.normalize(pooled - pooled[train].mean(0), dim=1)
+    looks = _nearest(centred[train], centred[held])
+    words = _nearest(bank.captions(train), bank.captions(held))
+    kept: np.ndarray = train[((looks <= near_picture) & (words <= near_caption)).numpy()]
+    return kept
+
+
+def _nearest(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return (some @ others.T).amax(1)
+
+
+def _seed(row_id: str, seed: int) -> int:
+    return zlib.crc32(f"{seed}/{row_id}".encode())

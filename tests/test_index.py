@@ -1,0 +1,134 @@
+"""Exact search: the same answers as a plain matrix product; damage and mismatch are refused."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llmvis import index as index_module
+from llmvis.index import FlatIndex, IndexInfo, IndexMismatchError, build, open_index
+from llmvis.storage import StorageError, Store
+
+DIM = 24
+MODEL = {"name": "tiny", "fingerprint": "f" * 64, "dim": DIM, "licence": "none"}
+
+
+def unit(rows: int, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((rows, DIM)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def table(vectors: np.ndarray, first: int = 0) -> pa.Table:
+    flat = pa.array(vectors.astype(np.float16).reshape(-1))
+    ids = [f"id{first + i}" for i in range(len(vectors))]
+    return pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
+
+
+def make(path: Path, *parts: np.ndarray) -> FlatIndex:
+    store = Store(path)
+    starts = np.cumsum([0, *(len(p) for p in parts)])
+    with store.lock():
+        build(
+            store,
+            IndexInfo(model=MODEL, source={}),
+            (table(p, s) for p, s in zip(parts, starts, strict=False)),
+        )
+    return open_index(str(path), MODEL["fingerprint"])
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    scores = queries @ vectors.astype(np.float16).astype(np.float32).T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize(("shard_rows", "block_rows"), [(10**6, 65_536), (100, 33), (7, 5)])
+def test_answers_are_those_of_a_matrix_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int, block_rows: int
+) -> None:
+    monkeypatch.setattr(index_module, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(index_module, "BLOCK_ROWS", block_rows)
+    vectors, queries = unit(257), unit(9, seed=1)
+    index = make(tmp_path, vectors[:100], vectors[100:101], vectors[101:])
+    scores, rows = index.search(queries, 20)
+    np.testing.assert_array_equal(rows, brute_force(vectors, queries, 20))
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert [m["id"] for m in index.metadata(rows[0])] == [f"id{r}" for r in rows[0]]
+
+
+def test_k_asked_is_k_got_up_to_all_there_is(tmp_path: Path) -> None:
+    index = make(tmp_path, unit(5))
+    for k, got in ((1, 1), (5, 5), (50, 5)):
+        rows = index.search(unit(2, seed=1), k)[1]
+        assert rows.shape == (2, got)
+        assert all(len(set(r)) == got for r in rows)
+
+
+def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_ROWS", 3)
+    same = np.repeat(unit(1), 10, axis=0)
+    assert make(tmp_path, same).search(unit(1), 4)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_an_empty_index_answers_nothing(tmp_path: Path) -> None:
+    assert make(tmp_path).search(unit(2), 3)[1].shape == (2, 0)
+
+
+def test_another_model_or_dimension_is_refused(tmp_path: Path) -> None:
+    index = make(tmp_path / "a", unit(5))
+    with pytest.raises(IndexMismatchError, match="made with tiny"):
+        open_index(str(tmp_path / "a"), "e" * 64)
+    with pytest.raises(IndexMismatchError, match="24 dimensions"):
+        index.search(np.zeros((1, 8), np.float32), 1)
+    with pytest.raises(IndexMismatchError, match="have 8 dimensions"):
+        build(Store(tmp_path / "b"), IndexInfo(model=MODEL, source={}), [table(np.zeros((2, 8)))])
+    with pytest.raises(StorageError, match="is no index"):
+        open_index(str(tmp_path / "b"))
+
+
+def test_a_question_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    index = make(tmp_path, unit(5))
+    with pytest.raises(ValueError, match="not finite"):
+        index.search(np.full((1, DIM), np.nan, np.float32), 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        index.search(unit(1), 0)
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "good", unit(40)).close()
+    rng = random.Random(0)
+    files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good").rglob("*") if p.is_file()]
+    files = [f for f in files if f.name != ".lock"]
+    for trial in range(60):
+        bad = tmp_path / f"bad{trial}"
+        shutil.copytree(tmp_path / "good", bad)
+        victim = bad / files[trial % len(files)]
+        data = bytearray(victim.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(bytes(data))
+        with pytest.raises(StorageError):
+            open_index(str(bad), MODEL["fingerprint"])
+
+
+def test_a_new_build_takes_over_and_an_open_reader_keeps_the_old_one(tmp_path: Path) -> None:
+    old = make(tmp_path, unit(5))
+    new = make(tmp_path, unit(8))
+    assert (old.rows, new.rows) == (5, 8)
+    assert old.search(unit(1), 5)[1].shape == (1, 5)
+    assert (tmp_path / "CURRENT").read_text().startswith("000002 ")
+
+
+def test_a_build_that_fails_leaves_the_old_version_in_force(tmp_path: Path) -> None:
+    make(tmp_path, unit(5)).close()
+
+    def tables() -> object:
+        yield table(unit(3))
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="fire"):
+        build(Store(tmp_path), IndexInfo(model=MODEL, source={}), tables())  # type: ignore[arg-type]
+    assert open_index(str(tmp_path)).rows == 5
