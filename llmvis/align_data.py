@@ -54,7 +54,9 @@ class Bank:
 
     def where(self, split: str, source: str | None = None) -> np.ndarray:
         """Indices of the rows of a split (and of one source)."""
-        return np.array([i for i, r in enumerate(self.rows) if r.split == split and source in (None, r.source)], int)
+        return np.array(
+            [i for i, r in enumerate(self.rows) if r.split == split and source in (None, r.source)], int
+        )
 
     def captions(self, index: np.ndarray) -> torch.Tensor:
         """float32 (len(index), T)."""
@@ -74,7 +76,9 @@ def load_rows(openclipart: Path | None, openmoji: Path | None) -> list[Row]:
             if row["split"] != "unused":
                 keywords = tuple(word for word in row["keywords"] if word)
                 data = row["image"]["bytes"]
-                rows.append(Row(f"{source}/{row['id']}", data, row["caption"], keywords, source, row["split"]))
+                rows.append(
+                    Row(f"{source}/{row['id']}", data, row["caption"], keywords, source, row["split"])
+                )
     return rows
 
 
@@ -99,7 +103,11 @@ def sample_text(row: Row, rng: np.random.Generator) -> str:
 
 @torch.inference_mode()
 def trunk_features(
-    model: TwoTower, rows: Sequence[Row], views: int, seed: int, progress: Callable[[int], Any] = lambda done: None
+    model: TwoTower,
+    rows: Sequence[Row],
+    views: int,
+    seed: int,
+    progress: Callable[[int], Any] = lambda done: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of every view, float16 (V, N, F), and the logits of view 0, float16 (N, 1000)."""
     model = model.eval().to(memory_format=torch.channels_last)
@@ -126,7 +134,9 @@ def embed_phrases(rows: Sequence[Row], encoder: TextEncoder) -> tuple[dict[str, 
     return {text: i for i, text in enumerate(unique)}, encoder(unique).half().cpu()
 
 
-def training_rows(bank: Bank, near_picture: float = NEAR_PICTURE, near_caption: float = NEAR_CAPTION) -> np.ndarray:
+def training_rows(
+    bank: Bank, near_picture: float = NEAR_PICTURE, near_caption: float = NEAR_CAPTION
+) -> np.ndarray:
     """Indices of the training rows that are near no held-out row, by looks or by caption."""
     train = bank.where("train")
     held = np.concatenate([bank.where(split) for split in HELD_OUT])

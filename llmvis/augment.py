@@ -41,7 +41,9 @@ def _changed(picture: Image.Image, rng: random.Random) -> Image.Image:
         picture = picture.crop(picture.getchannel("A").getbbox())
     side = int(max(picture.size) * rng.uniform(1.0, 1.5))
     square = Image.new("RGBA", (side, side))
-    square.paste(picture, (int((side - picture.width) * rng.random()), int((side - picture.height) * rng.random())))
+    square.paste(
+        picture, (int((side - picture.width) * rng.random()), int((side - picture.height) * rng.random()))
+    )
     out = on_ground(square, _ground_colour(rng))
     if rng.random() < 0.5:  # a part of it
         part = int(side * rng.uniform(0.7, 1.0))

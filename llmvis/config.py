@@ -24,7 +24,7 @@ class EncodeConfig:
 
     Killed? Run the same command again and it goes on where it stopped.
 
-    Examples:
+    For example:
 
       python -m jobs.encode --images photos/ --out enc/
 
@@ -69,7 +69,7 @@ class EncodeConfig:
 class IndexConfig:
     """Build a search index from what `jobs.encode` wrote. Reads the manifest and the files that it names, no other.
 
-    Example:
+    For example:
 
       python -m jobs.index --embeddings enc/ --out idx/
     """
@@ -88,7 +88,7 @@ class IndexConfig:
 class SearchConfig:
     """Search an index by a text, by a picture, or by both, with things to avoid.
 
-    Examples:
+    For example:
 
       llmvis search --index idx/ "a red flower" -k 10
 

@@ -32,7 +32,7 @@ QUERIES = (
 class DemoConfig:
     """Encode, index and search the packaged collection; leaves index.html to look at. Takes minutes, once.
 
-    Example:
+    For example:
 
       llmvis demo --out demo
     """

@@ -5,18 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from llmvis.plan import PlanError
-from llmvis.sources import SourceError
-from llmvis.storage import StorageError
-
-MISTAKES = (StorageError, PlanError, SourceError)
+from llmvis.schema import UserError
 
 
 def entry(main: Callable[[], None]) -> None:
     """Runs a command's `main`; exit status 1 for a mistake that can be explained, 130 for Ctrl-C."""
     try:
         main()
-    except MISTAKES as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from llmvis.schema import FORMAT_VERSION
+from llmvis.schema import FORMAT_VERSION, UserError
 from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file, verify
 
 F32 = npt.NDArray[np.float32]
@@ -31,6 +31,10 @@ F32 = npt.NDArray[np.float32]
 SHARD_ROWS = 1_000_000
 BLOCK_ROWS = 65_536
 """Rows that are in memory as float32 at a time while a shard is scanned."""
+
+
+class QueryShapeError(UserError):
+    """A question that no index can answer: no k, or a vector that is not finite."""
 
 
 class IndexMismatchError(StorageError):
@@ -152,15 +156,15 @@ class FlatIndex:
 
         `queries (Q, D)` float32 → scores `(Q, k')` float32 and global rows `(Q, k')` int64,
         k' = min(k, rows). Exact up to the fp16 that vectors are kept in. Raises
-        `IndexMismatchError` for another D and `ValueError` for k < 1 or queries that
+        `IndexMismatchError` for another D and `QueryShapeError` for k < 1 or queries that
         are not finite.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise IndexMismatchError(f"queries are {queries.shape}, the index has {self.dim} dimensions")
         if k < 1:
-            raise ValueError(f"k is {k}; ask for at least 1")
+            raise QueryShapeError(f"k is {k}; ask for at least 1")
         if not np.isfinite(queries).all():
-            raise ValueError("a query vector is not finite")
+            raise QueryShapeError("a query vector is not finite")
         k = min(k, self.rows)
         best = np.empty((len(queries), 0), np.float32)
         rows = np.empty((len(queries), 0), np.int64)

@@ -37,8 +37,10 @@ def retrieval_summary(ranks_Q: np.ndarray) -> dict[str, float]:
     return summary | {"median_rank": float(np.median(ranks_Q))}
 
 
-def retrieval_scores(texts_QD: np.ndarray, images_ND: np.ndarray, targets_Q: np.ndarray | None = None) -> dict[str, float]:
-    """`retrieval_summary` of unit-norm embeddings; query i's right picture is i unless `targets_Q` says otherwise."""
+def retrieval_scores(
+    texts_QD: np.ndarray, images_ND: np.ndarray, targets_Q: np.ndarray | None = None
+) -> dict[str, float]:
+    """`retrieval_summary` of unit-norm embeddings; the right picture of query i is `targets_Q[i]`, or i."""
     targets = np.arange(len(texts_QD)) if targets_Q is None else targets_Q
     return retrieval_summary(target_ranks(texts_QD @ images_ND.T, targets))
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from llmvis.schema import FORMAT_VERSION, LISTING, ItemError, Reason
+from llmvis.schema import FORMAT_VERSION, LISTING, ItemError, Reason, UserError
 from llmvis.sources import Source
 from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file
 
@@ -41,7 +41,7 @@ DUPLICATE = "duplicate"
 """In a listing's `reason`: not bad, but an id that an earlier row has; counted, not written."""
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """The output folder belongs to other work; the message says what differs."""
 
 

@@ -18,6 +18,10 @@ MAX_CAPTION = 2_000
 """Characters of a caption that are kept; what was cut is flagged in `caption_truncated`."""
 
 
+class UserError(ValueError):
+    """A mistake that can be explained: a command prints its message, which says what to do, and no traceback."""
+
+
 class Reason(StrEnum):
     """Why an input item became a dead letter. The list is short and closed."""
 

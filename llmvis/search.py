@@ -18,14 +18,14 @@ from PIL import Image
 from llmvis.images import decode
 from llmvis.index import FlatIndex
 from llmvis.models.protocols import Encoder
-from llmvis.schema import ItemError
+from llmvis.schema import ItemError, UserError
 from llmvis.sources import open_reader
 from llmvis.sources.base import read_file
 
 F32 = npt.NDArray[np.float32]
 
 
-class QueryError(ValueError):
+class QueryError(UserError):
     """A question that cannot be asked; the message says what to change."""
 
 
@@ -92,8 +92,8 @@ def _picture(path: str, encoder: Encoder) -> F32:
         image = decode(read_file(Path(path).resolve()), target=encoder.info.preprocess.side).image
     except ItemError as error:
         raise QueryError(f"{path}: {error}") from error
-    vectors: F32 = encoder.encode_images(encoder.info.preprocess(image)[None])
-    return vectors[0]
+    (vector,) = encoder.encode_images(encoder.info.preprocess(image)[None])
+    return np.asarray(vector, np.float32)
 
 
 def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:

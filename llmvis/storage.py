@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_CHUNK = 1 << 20
+from llmvis.schema import UserError
+
 _ASIDE = ".aside-"
 
 
-class StorageError(OSError):
+class StorageError(UserError):
     """A place that cannot be used as asked; the message says what to do."""
 
 

@@ -202,7 +202,9 @@ class Aligner:
         """Go on from what `save` wrote; raises `ValueError` if it was written with another config."""
         told: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if told["config"] != asdict(self.config):
-            raise ValueError(f"{folder} was trained with {told['config']}, not {asdict(self.config)}: use a new run name")
+            raise ValueError(
+                f"{folder} was trained with {told['config']}, not {asdict(self.config)}: use a new run name"
+            )
         tensors = load_file(folder / "state.safetensors")
         parts: dict[str, dict[str, Tensor]] = {"learned": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ LAYERS = [  # from the bottom; a module may import from its own layer and those 
     {"config", "schema", "storage", "formats"},
     {"sources", "data", "images", "plan", "losses", "metrics", "summary", "index", "weights"},
     {"models"},
-    {"encode", "search", "training", "evaluation", "report", "entry"},
+    {"encode", "search", "augment", "align_data", "training", "evaluation", "report", "entry"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]

@@ -36,7 +36,7 @@ from llmvis.plan import (
     publish_shard,
     read_shard,
 )
-from llmvis.schema import DEAD_LETTER, ItemError, Reason
+from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
 from llmvis.sources import Source
 from llmvis.storage import Store
 from llmvis.summary import job_report
@@ -82,6 +82,10 @@ class Pool:
     actors: int | None = None
     gpus_per_actor: float | None = None
     shard_items: int = 256
+
+
+class PoolError(UserError):
+    """Actors that the cluster has no room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,9 @@ def _wave(mapping: Mapping, out: str, shards: list[int], place: Placement) -> It
     prepare: Any = _prepare  # Ray's types know functions of one argument only
     commit: Any = _commit
     actor: Any = _Actor
-    rows: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    rows: ray.data.Dataset = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+    )
     rows = rows.map(prepare, fn_kwargs={"out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
     rows = rows.map(
         actor,

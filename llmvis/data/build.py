@@ -73,7 +73,9 @@ def rows_of(font_file: Path, emojibase: Path) -> list[dict[str, Any]]:
     sequences, pictures = glyph_pictures(font_file)
     meta = json.loads((emojibase / "meta" / "groups.json").read_text())
     names = {
-        language: {entry["hexcode"]: entry for entry in json.loads((emojibase / language / "data.json").read_text())}
+        language: {
+            entry["hexcode"]: entry for entry in json.loads((emojibase / language / "data.json").read_text())
+        }
         for language in ("en", *EMOJI_LANGUAGES)
     }
     rows = []

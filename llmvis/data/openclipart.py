@@ -53,7 +53,17 @@ _OTHER_LANGUAGES = {  # authors whose titles are Italian or French
     "Tanguy JACQ", "Mauro Olivo", "Franck Doucet",
 }  # fmt: skip
 _SERIES = re.compile(r"(^|/)(flags|geography|signal_flags|semaphore|maps)/|semaphore|maritime_signal")
-_NOISE_KEYWORDS = {"", "hash", "unsorted", "theme", "lemon_theme_icon", "clip_art", "clipart", "mimetypes", "icons"}
+_NOISE_KEYWORDS = {
+    "",
+    "hash",
+    "unsorted",
+    "theme",
+    "lemon_theme_icon",
+    "clip_art",
+    "clipart",
+    "mimetypes",
+    "icons",
+}
 
 Split = Literal["train", "validation", "test", "authors"]
 
@@ -67,7 +77,13 @@ def find_openclipart(folder: Path | str | None = None) -> Path | None:
     wanted = folder or os.environ.get("LLMVIS_OPENCLIPART")
     roots = [Path(wanted)] if wanted else [cache_folder() / "unpacked" / "openclipart"]
     for root in roots:
-        for tail in ("", "openclipart", "usr/share/openclipart", "x/usr/share/openclipart", "deb/x/usr/share/openclipart"):
+        for tail in (
+            "",
+            "openclipart",
+            "usr/share/openclipart",
+            "x/usr/share/openclipart",
+            "deb/x/usr/share/openclipart",
+        ):
             if (root / tail / "png").is_dir() and (root / tail / "svg").is_dir():
                 return root / tail
     if folder:
@@ -119,7 +135,8 @@ def read_metadata(svg: str) -> dict[str, Any]:
         "keywords": [
             word
             for raw in re.findall(r"<rdf:li>([^<]*)</rdf:li>", rdf)
-            if (word := raw.strip().replace("_", " ").lower()) not in _NOISE_KEYWORDS and not word.startswith("0x")
+            if (word := raw.strip().replace("_", " ").lower()) not in _NOISE_KEYWORDS
+            and not word.startswith("0x")
         ],
         "author": creator.group(1).strip() if creator else "",
         "licences": re.findall(r'<(?:cc:)?license[^>]*rdf:resource="([^"]*)"', rdf),
@@ -163,7 +180,9 @@ def _collect(root: Path) -> pa.Table:
     fresh = [not bool((pixels[:i] @ pixels[i] > _NEAR).any()) for i in range(len(kept))]
     kept = [row for row, is_fresh in zip(kept, fresh, strict=True) if is_fresh]
     pixels = pixels[np.array(fresh)]
-    for row, group in zip(kept, leak_groups([row["caption"].lower() for row in kept], pixels, 0.93), strict=True):
+    for row, group in zip(
+        kept, leak_groups([row["caption"].lower() for row in kept], pixels, 0.93), strict=True
+    ):
         row["group"] = "series: flags and maps" if _SERIES.search(row["id"]) else group
     for row, split in zip(kept, _splits(kept), strict=True):
         row["split"] = split
@@ -199,7 +218,9 @@ def _shrunken(path: Path) -> bytes:
         if picture.width * picture.height > 60_000_000:
             raise ValueError(f"{path}: {picture.size} is too large")
         small = picture.convert("RGBA")
-    small.thumbnail((SIZE, SIZE), Image.Resampling.BOX if max(small.size) > 4 * SIZE else Image.Resampling.LANCZOS)
+    small.thumbnail(
+        (SIZE, SIZE), Image.Resampling.BOX if max(small.size) > 4 * SIZE else Image.Resampling.LANCZOS
+    )
     out = io.BytesIO()
     small.save(out, "PNG")
     return out.getvalue()

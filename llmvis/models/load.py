@@ -93,7 +93,7 @@ def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType =
 
     Args:
         name: None for the packaged model, a local folder, or a Hugging Face name.
-        device: a torch device, "cpu" or "cuda" or "cuda:1".
+        device: a torch device, "cpu" or "cuda" or "cuda:1"; "auto" is CUDA where there is any.
         dtype: of a transformers model's weights and arithmetic; embeddings are float32 and
             normalised in float32 in any case. Half precision is meant for CUDA, where it
             has not been run yet. The packaged model ignores it.
@@ -101,6 +101,10 @@ def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType =
     Raises:
         EncoderError: as `describe_encoder`, or the loaded model differs from its description.
     """
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if name in (None, BUILT_IN):
         from llmvis.models.two_tower import load_two_tower
 

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llmvis.schema import UserError
+
 _LONGEST = 32
 """Aspect ratio above which a picture is cut around its centre before a processor that resizes
 the shortest edge and crops the centre: 1 x 60000 pixels would else become 224 x 13 million."""
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """A checkpoint that can't be used; the message says why, and what to do."""
 
 

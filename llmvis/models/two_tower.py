@@ -30,7 +30,13 @@ from llmvis.models.efficientnet import CLASSES, FEATURES, MIDDLE_CHANNELS, Effic
 from llmvis.models.glossary import Glossary
 from llmvis.models.language_model import language_model_folder
 from llmvis.models.protocols import EncoderInfo
-from llmvis.models.two_tower_info import WEIGHTS, TwoTowerConfig, default_folder, describe_two_tower, read_config
+from llmvis.models.two_tower_info import (
+    WEIGHTS,
+    TwoTowerConfig,
+    default_folder,
+    describe_two_tower,
+    read_config,
+)
 
 IMAGE_FEATURES = FEATURES + MIDDLE_CHANNELS
 IMAGE_BATCH, TEXT_BATCH = 32, 64  # what runs through the models at once
@@ -165,7 +171,9 @@ class TwoTowerEncoder:
             raise ValueError(f"expected uint8 (B, H, W, 3), got {images.dtype} {images.shape}")
         out = np.empty((len(images), self.info.dim), np.float32)
         for start in range(0, len(images), IMAGE_BATCH):
-            out[start : start + IMAGE_BATCH] = self.model.embed_images(self.to_tensor(images[start : start + IMAGE_BATCH])).cpu()
+            out[start : start + IMAGE_BATCH] = self.model.embed_images(
+                self.to_tensor(images[start : start + IMAGE_BATCH])
+            ).cpu()
         return out
 
     @torch.inference_mode()
@@ -202,7 +210,9 @@ def load_two_tower(folder: Path | str | None = None, device: str = "cpu") -> Two
         raise ValueError(f"{path / WEIGHTS} does not fit {path / 'config.json'}: {error}") from error
     text_encoder = TextEncoder(language_model_folder(config.language_model), config.max_tokens, device)
     if text_encoder.dim != config.text_dim:
-        raise ValueError(f"{config.language_model} is {text_encoder.dim} wide, the weights want {config.text_dim}")
+        raise ValueError(
+            f"{config.language_model} is {text_encoder.dim} wide, the weights want {config.text_dim}"
+        )
     rewrite = Glossary.packaged().to_english if config.glossary else None
     return TwoTowerEncoder(describe_two_tower(path), model, text_encoder, device, rewrite)
 
@@ -212,4 +222,5 @@ def save_two_tower(model: TwoTower, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private to the user
     model.config.save(folder)

@@ -75,7 +75,9 @@ def is_two_tower(folder: Path) -> bool:
 def read_config(folder: Path) -> TwoTowerConfig:
     """Parse `config.json`; raises `ValueError` if the folder is not a two-tower one."""
     if not is_two_tower(folder):
-        raise ValueError(f"{folder} holds no two-tower encoder: it needs {CONFIG} and {WEIGHTS} from `jobs.train`")
+        raise ValueError(
+            f"{folder} holds no two-tower encoder: it needs {CONFIG} and {WEIGHTS} from `jobs.train`"
+        )
     return TwoTowerConfig(**json.loads((folder / CONFIG).read_text()))
 
 
@@ -87,7 +89,11 @@ def describe_two_tower(folder: Path | str | None = None) -> EncoderInfo:
     path = default_folder() if folder is None else Path(folder)
     config = read_config(path)
     digest = hashlib.sha256(repr(config.preprocess).encode())
-    for file in [path / CONFIG, path / WEIGHTS, *language_model_files(language_model_folder(config.language_model))]:
+    for file in [
+        path / CONFIG,
+        path / WEIGHTS,
+        *language_model_files(language_model_folder(config.language_model)),
+    ]:
         stat = file.stat()
         digest.update(f"{file.name} {_file_hash(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return EncoderInfo(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from llmvis.schema import LISTING, RESERVED, ItemError, Reason
+from llmvis.schema import LISTING, RESERVED, ItemError, Reason, UserError
 
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "description", "alt_text", "name", "label")
 """Where a caption is looked for, in this order, unless a column is named."""
@@ -21,7 +21,7 @@ LISTING_CHUNK = 8_192
 """Rows of a listing that are in memory at a time."""
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A collection that cannot be read as a whole; the message says what to do."""
 
 

@@ -1,0 +1,162 @@
+"""Retrieval evaluation of any `Encoder`: fixed pools, controls, languages. Knows no Ray.
+
+Every pool is text → picture with the caption as the query and one right picture. Beside
+each score stand two controls: `random`, what chance gives in a pool of this size, and
+`shuffled`, the same encoder with the captions dealt to wrong pictures (mean of five deals).
+
+Pools:
+  emoji          held-out names of the embedded collection (its test split)
+  mixed          the same plus the clip-art test split of openclipart, 576 pictures
+  authors        pictures of openclipart authors of whom no picture was trained on
+  <language>     names in another language, against the whole embedded collection, and
+                 `<language>_held_out` against its test split
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from llmvis.augment import on_ground
+from llmvis.data import EMOJI_LANGUAGES, load_emoji
+from llmvis.data.openclipart import find_openclipart, load_openclipart
+from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary
+from llmvis.models.protocols import Encoder
+
+SHUFFLES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a model on held-out data and print its figures beside their controls.
+
+    Examples:
+
+      python -m jobs.evaluate --task retrieval --json retrieval.json
+
+      python -m jobs.evaluate --task retrieval --encoder openai/clip-vit-base-patch32
+
+      python -m jobs.evaluate --task retrieval --openclipart ~/.cache/llmvis/unpacked/openclipart
+    """
+
+    task: Literal["retrieval"]
+    """What to measure."""
+    encoder: str | None = None
+    """Hugging Face name or local folder; default: the packaged two-tower model."""
+    json: Path | None = None
+    """File for the figures."""
+    openclipart: str | None = None
+    """Folder of the unpacked Debian packages; without it and the cache, the two clip-art pools are left out."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, cuda:1, …"""
+    languages: bool = True
+    """Also ask in the other languages of the embedded collection."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures and, for each, one query."""
+
+    images_ND: np.ndarray
+    queries: list[str]
+
+
+def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, Any]:
+    """All pools of one encoder.
+
+    Returns:
+        `r_at_1 …` and `controls` of the emoji pool at the top, and `splits`: pool name →
+        the same with `pool` (its size); `skipped`: why a pool is missing.
+    """
+    emoji = load_emoji()
+    embedded = embed_pictures(encoder, emoji)
+    test = np.array([split == "test" for split in emoji["split"].to_pylist()])
+    names = np.array(emoji["caption"].to_pylist(), object)
+    pools = {"emoji": Pool(embedded[test], list(names[test]))}
+    skipped: dict[str, str] = {}
+    root = find_openclipart(config.openclipart)
+    if root is None:
+        why = "openclipart is not at hand: pass --openclipart DIR (see llmvis/data/openclipart.py)"
+        skipped = {"mixed": why, "authors": why}
+    else:
+        clipart, authors = load_openclipart(root, "test"), load_openclipart(root, "authors")
+        together = np.concatenate([embedded[test], embed_pictures(encoder, clipart)])
+        pools["mixed"] = Pool(together, [*names[test], *clipart["caption"].to_pylist()])
+        pools["authors"] = Pool(embed_pictures(encoder, authors), authors["caption"].to_pylist())
+    splits = {name: score_pool(encoder, pool) for name, pool in pools.items()}
+    if config.languages:
+        for language in ("en", *EMOJI_LANGUAGES):
+            asked = names if language == "en" else np.array(emoji[f"name_{language}"].to_pylist(), object)
+            splits[language] = score_pool(encoder, Pool(embedded, list(asked)))
+            splits[f"{language}_held_out"] = score_pool(encoder, Pool(embedded[test], list(asked[test])))
+    return {
+        "task": "retrieval",
+        "encoder": encoder.info.name,
+        "fingerprint": encoder.info.fingerprint,
+        **splits["emoji"],
+        "splits": splits,
+        "skipped": skipped,
+    }
+
+
+def score_pool(encoder: Encoder, pool: Pool) -> dict[str, Any]:
+    """Metrics, pool size and controls of one pool."""
+    texts = encoder.encode_texts(pool.queries)
+    return {
+        "pool": len(pool.queries),
+        **retrieval_scores(texts, pool.images_ND),
+        "controls": {
+            "random": random_control(len(pool.queries)),
+            "shuffled": shuffled_control(texts, pool.images_ND),
+        },
+    }
+
+
+def random_control(size: int) -> dict[str, float]:
+    """What a random order gives in a pool of `size`: exact, not sampled."""
+    return retrieval_summary(np.arange(1, size + 1, dtype=np.float64))
+
+
+def shuffled_control(texts_ND: np.ndarray, images_ND: np.ndarray) -> dict[str, float]:
+    """The encoder's own scores against wrong pairs: mean over five fixed permutations."""
+    deals = [np.random.default_rng(seed).permutation(len(texts_ND)) for seed in range(SHUFFLES)]
+    mean = mean_and_spread([retrieval_scores(texts_ND, images_ND, deal) for deal in deals])
+    return {name: value for name, value in mean.items() if not name.endswith("_sd")}
+
+
+def embed_pictures(encoder: Encoder, table: pa.Table, batch: int = 64) -> np.ndarray:
+    """Embeddings of a table's `image` column, transparency on white: float32 (N, D)."""
+    out = []
+    for chunk in table.select(["image"]).to_batches(max_chunksize=batch):
+        pictures = [_opened(row["image"]["bytes"], encoder) for row in chunk.to_pylist()]
+        out.append(encoder.encode_images(np.stack(pictures)))
+    return np.concatenate(out)
+
+
+def _opened(data: bytes, encoder: Encoder) -> np.ndarray:
+    return encoder.info.preprocess(on_ground(Image.open(io.BytesIO(data)).convert("RGBA"), (255, 255, 255)))
+
+
+def table_rows(result: dict[str, Any]) -> Sequence[Sequence[str]]:
+    """Lines for a terminal: pool, size, R@1, R@5, R@10, median rank, controls' R@10."""
+    lines = []
+    for name, scores in result["splits"].items():
+        controls = scores["controls"]
+        metrics = [f"{scores[m]:.1f}" for m in ("r_at_1", "r_at_5", "r_at_10", "median_rank")]
+        shown = [f"{controls[c]['r_at_10']:.1f}" for c in ("random", "shuffled")]
+        lines.append([name, str(scores["pool"]), *metrics, *shown])
+    return lines
+
+
+def write_json(result: dict[str, Any], file: Path) -> None:
+    """Write figures; the folder is made if it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,124 @@
+"""The commands as a user types them, with real transformers checkpoints of random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import tiny
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def llmvis(*args: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m …` in the checkout."""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    run = subprocess.run(
+        [sys.executable, "-m", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == expect, run.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pictures, encoded with a CLIP folder by the job and indexed by the job."""
+    root = tmp_path_factory.mktemp("commands")
+    tiny.pictures(root / "images", 30)
+    (root / "images" / "00003.txt").write_text("<script>alert('three')</script>")
+    (root / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much")
+    hf_models.save_clip(root / "clip")
+    encode = llmvis("jobs.encode", "--images", f"{root}/images", "--out", f"{root}/enc", "--model", f"{root}/clip",
+                    "--num-cpus", "2", "--json", f"{root}/report.json")  # fmt: skip
+    assert "31 in = 30 written + 1 dead letters + 0 duplicates" in encode.stdout
+    index = llmvis("jobs.index", "--embeddings", f"{root}/enc", "--out", f"{root}/idx")
+    assert "30 vectors × 24" in index.stdout
+    return root
+
+
+def hits(work: Path, *args: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(
+        llmvis("llmvis.cli", "search", "--index", f"{work}/idx", *args, "--json").stdout
+    )
+    return found
+
+
+def test_the_report_says_where_the_time_went(work: Path) -> None:
+    report = json.loads((work / "report.json").read_text())
+    assert report["ledger"]["input"] == 31 and report["items_per_second"] > 0
+    assert set(report["seconds"]) == {"list", "read", "decode", "model", "write"}
+
+
+def test_a_text_gives_k_hits_as_json(work: Path) -> None:
+    found = hits(work, "a red flower", "-k", "7")
+    assert [h["rank"] for h in found] == list(range(1, 8))
+    assert {"rank", "id", "score", "path", "caption"} <= found[0].keys()
+    assert all(Path(h["path"]).is_file() for h in found)
+    assert len(hits(work, "a red flower", "-k", "100")) == 30
+
+
+def test_a_picture_finds_itself(work: Path) -> None:
+    path = f"{work}/images/00011.png"
+    (hit,) = hits(work, "--image", path, "-k", "1")
+    assert Path(hit["path"]).name == "00011.png" and hit["score"] == pytest.approx(1, abs=1e-2)
+
+
+def test_table_page_and_sheet(work: Path) -> None:
+    page, sheet = work / "page.html", work / "sheet.png"
+    run = llmvis("llmvis.cli", "search", "--index", f"{work}/idx", "flower", "--not", "dog", "cat", "-k", "30",
+                 "--html", str(page), "--sheet", str(sheet))  # fmt: skip
+    assert "rank" in run.stdout and "00007.png" in run.stdout.replace("\n", "")
+    html = page.read_text()
+    assert html.count("data:image/webp;base64,") == 30
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    with Image.open(sheet) as image:
+        assert image.width > 300
+
+
+def test_dry_run_plans_and_writes_nothing(work: Path) -> None:
+    run = llmvis("jobs.encode", "--images", f"{work}/images", "--out", f"{work}/none", "--dry-run",
+                 "--model", f"{work}/clip", "--shard-items", "10")  # fmt: skip
+    assert "31" in run.stdout and "4 of 10 items" in run.stdout
+    assert not (work / "none").exists()
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(work: Path) -> None:
+    other = hf_models.save_siglip(work / "siglip")
+    cases = [
+        (("jobs.encode", "--images", "nowhere", "--out", f"{work}/x"), "does not exist"),
+        (("jobs.encode", "--images", f"{work}/images", "--out", f"{work}/x", "--model", "no/such"), "hf download"),
+        (("jobs.encode", "--images", f"{work}/images", "--out", f"{work}/enc", "--model", str(other)), "another plan"),
+        (("jobs.index", "--embeddings", f"{work}/images", "--out", f"{work}/x"), "not a finished encode job"),
+        (("llmvis.cli", "search", "--index", f"{work}/enc", "x"), "is no index"),
+        (("llmvis.cli", "search", "--index", f"{work}/idx", "x", "--model", str(other)), "was made with"),
+        (("llmvis.cli", "search", "--index", f"{work}/idx"), "nothing to search for"),
+        (("llmvis.cli", "search", "--index", f"{work}/idx", "x", "-k", "0"), "at least 1"),
+    ]  # fmt: skip
+    for command, words in cases:
+        run = llmvis(*command, expect=1)
+        assert words in run.stderr, run.stderr
+        assert "Traceback" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("command", ["jobs.encode", "jobs.index", "llmvis.cli search", "llmvis.cli demo"])
+def test_every_command_has_help_with_examples(command: str) -> None:
+    run = llmvis(*command.split(), "--help")
+    assert "For example" in run.stdout and "usage" in run.stdout
+
+
+def test_a_config_file_gives_values_that_flags_override(work: Path) -> None:
+    file = work / "encode.yaml"
+    file.write_text(
+        f"images: {work}/images\nout: {work}/none\nmodel: {work}/clip\nshard-items: 7\ndry-run: true\n"
+    )
+    assert "5 of 7 items" in llmvis("jobs.encode", "--config", str(file)).stdout
+    assert "2 of 20 items" in llmvis("jobs.encode", "--config", str(file), "--shard-items", "20").stdout
+    file.write_text("imagse: x\n")
+    assert "unknown imagse" in llmvis("jobs.encode", "--config", str(file), expect=2).stderr
