@@ -110,7 +110,7 @@ def trunk_features(
     progress: Callable[[int], Any] = lambda done: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of every view, float16 (V, N, F), and the logits of view 0, float16 (N, 1000)."""
-    model = model.eval().to(memory_format=torch.channels_last)
+    model.eval().trunk.channels_last()
     features = torch.empty(views, len(rows), IMAGE_FEATURES, dtype=torch.float16)
     logits = torch.empty(len(rows), model.class_texts.shape[0], dtype=torch.float16)
     preprocess = model.config.preprocess

@@ -54,7 +54,7 @@ class EvaluateConfig:
     json: Path | None = None
     """File for the figures."""
     openclipart: str | None = None
-    """Folder of the unpacked Debian packages; without it and the cache, the two clip-art pools are left out."""
+    """Folder of the unpacked Debian packages; default: the cache; without them, two pools are left out."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1, …"""
     languages: bool = True
@@ -65,7 +65,7 @@ class EvaluateConfig:
 class Pool:
     """Pictures and, for each, one query."""
 
-    images_ND: np.ndarray
+    images: np.ndarray  # float32 (N, D)
     queries: list[str]
 
 
@@ -110,14 +110,9 @@ def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, An
 def score_pool(encoder: Encoder, pool: Pool) -> dict[str, Any]:
     """Metrics, pool size and controls of one pool."""
     texts = encoder.encode_texts(pool.queries)
-    return {
-        "pool": len(pool.queries),
-        **retrieval_scores(texts, pool.images_ND),
-        "controls": {
-            "random": random_control(len(pool.queries)),
-            "shuffled": shuffled_control(texts, pool.images_ND),
-        },
-    }
+    size = len(pool.queries)
+    controls = {"random": random_control(size), "shuffled": shuffled_control(texts, pool.images)}
+    return {"pool": size, **retrieval_scores(texts, pool.images), "controls": controls}
 
 
 def random_control(size: int) -> dict[str, float]:

@@ -112,7 +112,7 @@ class Aligner:
         )
 
     def _standardise(self, bank: Bank, index: np.ndarray) -> None:
-        plain = bank.features[0, index].float()
+        plain = bank.features[0, index].float().sqrt()
         self.learned.feature_mean.copy_(plain.mean(0))
         self.learned.feature_scale.copy_(1 / (plain.std(0) + 1e-2))
 
@@ -159,7 +159,7 @@ class Aligner:
                 group["lr"] = self.learning_rate(self.progress.epoch * self.steps_per_epoch + step)
             self.optimizer.zero_grad()
             loss = self.loss(features, texts)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             for parameter in self.parameters():
                 assert parameter.grad is not None
                 self._mean(parameter.grad)

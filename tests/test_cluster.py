@@ -17,6 +17,7 @@ from pathlib import Path
 
 import hf_models
 import jsonschema
+import psutil
 import pytest
 import ray
 import tiny
@@ -56,7 +57,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     start = [*RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]  # fmt: skip
+             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]  # fmt: skip
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(start, env=env, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{dashboard}"
@@ -67,7 +69,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield env | {"RAY_API_SERVER_ADDRESS": address}
     finally:
-        process.terminate()
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()  # a graceful stop takes half a minute
         process.wait(timeout=60)
 
 

@@ -60,7 +60,7 @@ class TrainConfig:
     gpu: bool = False
     """Give every worker a GPU."""
     openclipart: str | None = None
-    """Folder of the unpacked Debian packages openclipart-png and -svg; default: $LLMVIS_OPENCLIPART or the cache."""
+    """Folder of the unpacked Debian packages openclipart-png, -svg; default: $LLMVIS_OPENCLIPART, cache."""
     openmoji: str | None = None
     """Folder of the unpacked npm package openmoji; default: $LLMVIS_OPENMOJI or the cache."""
     download: bool = False
@@ -238,7 +238,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         size = len(total) // dist.get_world_size()

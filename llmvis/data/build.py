@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ _REGIONAL = range(0x1F1E6, 0x1F200)
 
 def glyph_pictures(font_file: Path) -> tuple[dict[tuple[int, ...], str], dict[str, bytes]]:
     """The font's drawings: code points (no variation selectors) → glyph name, and glyph name → PNG bytes."""
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
 
     font = TTFont(font_file)
     cmap: dict[int, str] = font.getBestCmap()
     pictures = {name: glyph.imageData for name, glyph in font["CBDT"].strikeData[0].items()}
-    codes_of = {name: (code,) for code, name in reversed(cmap.items())}
-    sequences = {(code,): name for code, name in cmap.items()}
+    codes_of: dict[str, tuple[int, ...]] = {name: (code,) for code, name in reversed(cmap.items())}
+    sequences: dict[tuple[int, ...], str] = {(code,): name for code, name in cmap.items()}
     for lookup in font["GSUB"].table.LookupList.Lookup:
         for table in lookup.SubTable:
             table = getattr(table, "ExtSubTable", table)
@@ -65,7 +65,8 @@ def small_picture(png: bytes) -> np.ndarray:
     small = Image.alpha_composite(white, picture).convert("RGB").resize((24, 24), Image.Resampling.BOX)
     flat = np.asarray(small, np.float32).ravel()
     flat = flat - flat.mean()
-    return flat / np.linalg.norm(flat)
+    unit: np.ndarray = flat / np.linalg.norm(flat)
+    return unit
 
 
 def rows_of(font_file: Path, emojibase: Path) -> list[dict[str, Any]]:
@@ -139,7 +140,7 @@ class Build:
 
     work: Path
     """Folder for downloads; files already there are used."""
-    out: Path = emoji_path()
+    out: Path = field(default_factory=emoji_path)
     """Where the Parquet file goes."""
 
 
@@ -161,11 +162,10 @@ def main() -> None:
     """Command line."""
     path = build(tyro.cli(Build))
     table = pq.read_table(path)
-    counts = table.group_by("split").aggregate([("id", "count")]).to_pydict()
-    print(
-        f"{path}: {table.num_rows} pictures, {path.stat().st_size / 1e6:.1f} MB, "
-        f"{dict(zip(counts['split'], counts['id_count'], strict=True))}, {len(set(table['group'].to_pylist()))} groups"
-    )
+    counts = table.group_by("split").aggregate([("id", "count")])
+    sides = dict(zip(counts["split"].to_pylist(), counts["id_count"].to_pylist(), strict=True))
+    groups = len(set(table["group"].to_pylist()))
+    print(f"{path}: {table.num_rows} pictures, {path.stat().st_size / 1e6:.1f} MB, {sides}, {groups} groups")
 
 
 if __name__ == "__main__":

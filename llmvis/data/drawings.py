@@ -46,7 +46,7 @@ def fetch_openmoji() -> Path:
 
 
 def load_drawings(package: Path) -> pa.Table:
-    """Colour drawings with the embedded collection's columns `id, image, caption, keywords, split` (all train)."""
+    """Colour drawings, all train: columns `id, image, caption, keywords, split`."""
     cached = cache_folder() / f"openmoji-{OPENMOJI.version}-{SIZE}px.parquet"
     if not cached.exists():
         table = _render(package)

@@ -53,6 +53,7 @@ _OTHER_LANGUAGES = {  # authors whose titles are Italian or French
     "Tanguy JACQ", "Mauro Olivo", "Franck Doucet",
 }  # fmt: skip
 _SERIES = re.compile(r"(^|/)(flags|geography|signal_flags|semaphore|maps)/|semaphore|maritime_signal")
+_TREES = ("", "openclipart", *(f"{above}usr/share/openclipart" for above in ("", "x/", "deb/x/")))
 _NOISE_KEYWORDS = {
     "",
     "hash",
@@ -77,13 +78,7 @@ def find_openclipart(folder: Path | str | None = None) -> Path | None:
     wanted = folder or os.environ.get("LLMVIS_OPENCLIPART")
     roots = [Path(wanted)] if wanted else [cache_folder() / "unpacked" / "openclipart"]
     for root in roots:
-        for tail in (
-            "",
-            "openclipart",
-            "usr/share/openclipart",
-            "x/usr/share/openclipart",
-            "deb/x/usr/share/openclipart",
-        ):
+        for tail in _TREES:
             if (root / tail / "png").is_dir() and (root / tail / "svg").is_dir():
                 return root / tail
     if folder:
@@ -92,7 +87,7 @@ def find_openclipart(folder: Path | str | None = None) -> Path | None:
 
 
 def fetch_openclipart() -> Path:
-    """Download (156 MB) and unpack both packages into the cache once; return the folder with `png/` and `svg/`."""
+    """Download (156 MB) and unpack both packages into the cache once; return the folder above png/, svg/."""
     cache = cache_folder()
     together = cache / "unpacked" / "openclipart"
     together.mkdir(parents=True, exist_ok=True)
@@ -259,7 +254,7 @@ def _splits(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _emoji_test_rows() -> int:
     from llmvis.data import load_emoji
 
-    return load_emoji("test", columns=["id"]).num_rows
+    return len(load_emoji("test", columns=["id"])["id"])
 
 
 def _order(name: str) -> str:

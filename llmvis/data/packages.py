@@ -70,13 +70,10 @@ def fetch(package: Package, folder: Path) -> Path:
         try:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise ValueError(
-                f"{command[0]} is not installed; put {package.filename} into {folder}"
-            ) from error
+            raise ValueError(f"no {command[0]} here: put {package.filename} into {folder}") from error
         except subprocess.CalledProcessError as error:
-            raise ValueError(
-                f"{' '.join(command)} failed ({error.stderr.strip()[-300:]}); put {package.filename} into {folder}"
-            ) from error
+            why = error.stderr.strip()[-300:]
+            raise ValueError(f"{' '.join(command)}: {why}; put {package.filename} into {folder}") from error
         found = folder / package.filename
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if digest != package.sha256:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,6 +91,13 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = SameConv(inner, FEATURES, 1)
         self.classifier = nn.Linear(FEATURES, CLASSES)
+
+    def channels_last(self) -> EfficientNetLite0:
+        """Lay the weights out for pictures in channels-last memory, which is faster on CPUs and GPUs."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
 
     def forward(self, images: Tensor) -> Features:
         """`float (B, 3, H, W)`, RGB in 0..255; sides of any length from 32 px."""
