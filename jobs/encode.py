@@ -14,7 +14,7 @@ from llmvis.encode import LoadEncoder, ReadPictures
 from llmvis.entry import entry
 from llmvis.models.load import describe_encoder, load_encoder
 from llmvis.models.protocols import EncoderInfo
-from llmvis.plan import plan_aside
+from llmvis.plan import Plan, plan_aside
 from llmvis.schema import encoded
 from llmvis.sources import Source, SourceOptions, open_reader, open_source
 from llmvis.summary import plan_lines, report_lines
@@ -40,7 +40,9 @@ def mapping(config: EncodeConfig, source: Source, info: EncoderInfo) -> Mapping:
             max_bytes=config.max_bytes,
         ),
         load=LoadEncoder(
-            load=partial(load_encoder, device=device), model=config.model, fingerprint=info.fingerprint
+            load=partial(load_encoder, device=device, threads=1),
+            model=config.model,
+            fingerprint=info.fingerprint,
         ),
         schema=encoded(info.dim, source.user_columns),
     )
@@ -57,18 +59,22 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     source = open_source(config.images, options)
     info = describe_encoder(config.model)
     job = mapping(config, source, info)
+
+    def announce(plan: Plan) -> None:
+        what = {"model": f"{info.name}, {info.dim} dimensions ({info.licence})", "out": config.out}
+        print(
+            "\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=2 * info.dim + 100)), flush=True
+        )
+
     if config.dry_run:
         with plan_aside(
             job=job.job, source=source, settings=job.settings, shard_items=config.shard_items
         ) as (plan, _):
-            what = {"model": f"{info.name}, {info.dim} dimensions ({info.licence})", "out": config.out}
-            print("\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=2 * info.dim + 100)))
+            announce(plan)
         return {}
     pool = Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items)
     with session(config.num_cpus):
-        report = run_job(job, source, config.out, pool)
-    for note in source.notes():
-        print(f"note: {note}")
+        report = run_job(job, source, config.out, pool, announce=announce)
     print("\n".join(report_lines(report, config.out)))
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")

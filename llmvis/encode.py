@@ -68,7 +68,7 @@ class ReadPictures:
         if row["caption"] is not None or row["caption_locator"] is None:
             return None if row["caption"] is None else str(row["caption"])
         (data,) = self.reader.read([row["caption_locator"]])
-        return None if isinstance(data, ItemError) else data.decode("utf-8", "replace").strip()
+        return None if isinstance(data, ItemError) else data.decode("utf-8-sig", "replace").strip()
 
     @staticmethod
     def _joined(rows: pa.Table, kept: list[int], extra: list[Row]) -> pa.Table:

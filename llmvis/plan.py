@@ -31,6 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from llmvis.schema import FORMAT_VERSION, LISTING, ItemError, Reason, UserError
 from llmvis.sources import Source
@@ -112,6 +113,7 @@ def _write_listing(
 ) -> tuple[list[str], npt.NDArray[np.uint64], int, int]:
     """Row groups of `shard_items`; returns file names, ids `(N, 2)`, the bad rows' count, bytes listed."""
     names: list[str] = []
+    bar = tqdm(desc="list", unit=" items", mininterval=10, delay=10)  # seen only where it takes long
     ids: list[npt.NDArray[np.uint64]] = []
     bad = size = 0
     writer: pq.ParquetWriter | None = None
@@ -127,6 +129,8 @@ def _write_listing(
         ids.append(np.frombuffer(raw, np.uint64).reshape(-1, 2))
         bad += rows.num_rows - rows["reason"].null_count
         size += int(pa.compute.sum(rows["size"]).as_py() or 0)
+        bar.update(rows.num_rows)
+    bar.close()
     if writer:
         writer.close()
     return names, np.concatenate(ids) if ids else np.empty((0, 2), np.uint64), bad, size

@@ -106,18 +106,25 @@ class Placement:
         """
         share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
         if share > gpus:
-            raise ValueError(
-                f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0"
-            )
+            raise PoolError(f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0")
         most = int(gpus / share) if share else cpus
         actors = min(pool.actors or most, most, max(1, shards))
         return cls(actors=actors, gpus=share, cpus=0.5, task_cpus=0.4, commit_cpus=0.1)
 
 
-def run_job(mapping: Mapping, source: Source, out: str, pool: Pool, *, quiet: bool = False) -> dict[str, Any]:
+def run_job(
+    mapping: Mapping,
+    source: Source,
+    out: str,
+    pool: Pool,
+    *,
+    announce: Callable[[Plan], None] = lambda plan: None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Runs a job to its end, or on from where an earlier run of it stopped.
 
-    Ray must be connected. Returns the report (see `report.job_report`), which is also
+    Ray must be connected. `announce` is told the plan before the work begins; `quiet`
+    shows no progress. Returns the report (see `summary.job_report`), which is also
     written to `<out>/report.json`. A finished job is left as it is. Raises `PlanError`
     where `out` holds other work and `LockedError` where a driver is at it.
     """
@@ -128,8 +135,9 @@ def run_job(mapping: Mapping, source: Source, out: str, pool: Pool, *, quiet: bo
             store, job=mapping.job, source=source, settings=mapping.settings, shard_items=pool.shard_items
         )
         listed = time.perf_counter() - begun
-        if store.exists("manifest.json"):
+        if store.exists("manifest.json") and store.exists("report.json"):
             return {**store.read_json("report.json"), "already_done": True}
+        announce(plan)
         done = committed(store)
         todo = [shard for shard in range(plan.shards) if shard not in done]
         if todo:

@@ -18,22 +18,19 @@ import ray.data
 def connect(num_cpus: int | None = None) -> bool:
     """Joins the cluster that `RAY_ADDRESS` names, else starts one here; True if it was started.
 
-    A local one listens on loopback only, and uses all CPUs unless `num_cpus` says
-    otherwise. `ray job submit` sets `RAY_ADDRESS` for the scripts it starts.
+    A local one has no dashboard, answers only those who hold the user's token (Ray makes
+    it in `~/.ray/auth_token`), and uses all CPUs unless `num_cpus` says otherwise.
+    `ray job submit` sets `RAY_ADDRESS` for the scripts it starts.
     """
     if ray.is_initialized():
         return False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for chatty in ("data._internal.progress", "_private.authentication.authentication_token_setup"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)  # warn of what is as it should be
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return False
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
     return True
 
 

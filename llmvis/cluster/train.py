@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from llmvis.align_data import Bank, Row, embed_phrases, load_rows, training_rows, trunk_features
 from llmvis.data.drawings import fetch_openmoji, find_openmoji
@@ -56,7 +57,7 @@ class TrainConfig:
     out: str
     """Folder of the run: run.json, checkpoints, and two_tower/ when it is done. The same command resumes."""
     workers: int = 1
-    """Training processes; a batch is split over them."""
+    """Training processes; a batch is split over them. 0 trains in this process, without checkpoints."""
     gpu: bool = False
     """Give every worker a GPU."""
     openclipart: str | None = None
@@ -69,7 +70,7 @@ class TrainConfig:
     """"packaged" (MiniLM), a folder, or a Hugging Face name of an encoder language model."""
     image_size: int = 224
     """Side of the trunk's input, px."""
-    hidden: int = 0
+    hidden: int = 768
     """Width of the learned part's MLP; 0: linear."""
     semantic_share: float = 0.5
     """Share of the cosine that the class-name part decides."""
@@ -188,7 +189,9 @@ def _bank(
         tensors = load_file(cached)
         features, logits = tensors["features"], tensors["logits"]
     else:
-        features, logits = trunk_features(model, rows[rank::world], settings["views"], seed=0)
+        mine = rows[rank::world]
+        with tqdm(total=len(mine) * settings["views"], desc="trunk features", mininterval=20) as bar:
+            features, logits = trunk_features(model, mine, settings["views"], seed=0, progress=bar.update)
         features, logits = _joined(features, 1, len(rows), world), _joined(logits, 0, len(rows), world)
         if ray.train.get_context().get_local_rank() == 0:
             partial = cached.with_suffix(".partial")
@@ -200,7 +203,7 @@ def _bank(
 
 
 def _bank_key(rows: list[Row], settings: dict[str, Any]) -> str:
-    digest = hashlib.sha256(f"1 {settings['image_size']} {settings['views']}".encode())
+    digest = hashlib.sha256(f"2 {settings['image_size']} {settings['views']}".encode())
     for row in rows:
         digest.update(row.id.encode() + hashlib.sha256(row.image).digest())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The embedded collection: 1,9xx emoji drawings with names and keywords in ten languages.
+"""The embedded collection: 1,898 emoji drawings with names and keywords in ten languages.
 
 Noto Color Emoji art (Apache-2.0 / OFL) with emojibase names (MIT) and Unicode CLDR
 annotations, as one Parquet file inside the package; `licences/` has the texts, `build.py`

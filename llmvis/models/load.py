@@ -88,7 +88,9 @@ def describe_encoder(name: str | None = None) -> EncoderInfo:
     )
 
 
-def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType = "float32") -> Encoder:
+def load_encoder(
+    name: str | None = None, *, device: str = "cpu", dtype: DType = "float32", threads: int | None = None
+) -> Encoder:
     """Load an encoder onto a device.
 
     Args:
@@ -97,13 +99,19 @@ def load_encoder(name: str | None = None, *, device: str = "cpu", dtype: DType =
         dtype: of a transformers model's weights and arithmetic; embeddings are float32 and
             normalised in float32 in any case. Half precision is meant for CUDA, where it
             has not been run yet. The packaged model ignores it.
+        threads: of this process, for torch on CPUs; None leaves torch's own choice.
 
     Raises:
         EncoderError: as `describe_encoder`, or the loaded model differs from its description.
     """
-    if device == "auto":
-        import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading local files, a second's work
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if name in (None, BUILT_IN):
         from llmvis.models.two_tower import load_two_tower

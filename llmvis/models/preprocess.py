@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-Mode = Literal["pad", "crop", "squash"]
+Mode = Literal["fit", "pad", "crop", "squash"]
+_SQUEEZE = 1.5  # `fit` squeezes proportions up to 3:2, the common format of photographs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,12 @@ class SquarePreprocess:
     """RGB picture of any size → `uint8 (size, size, 3)`.
 
     mode: `pad` keeps the whole picture and its proportions on a `background` square,
-    `crop` keeps the middle square, `squash` keeps everything and lets proportions go.
+    `crop` keeps the middle square, `squash` keeps everything and lets proportions go, and
+    `fit` squashes what is no longer than 3:2 and pads the rest of a longer picture.
     """
 
     size: int
-    mode: Mode = "pad"
+    mode: Mode = "fit"
     background: tuple[int, int, int] = (255, 255, 255)
 
     @property
@@ -36,15 +38,14 @@ class SquarePreprocess:
         """Resize with Pillow's antialiased bicubic filter; raises `ValueError` on a mode that is not RGB."""
         if image.mode != "RGB":
             raise ValueError(f"expected an RGB picture, got {image.mode}: convert it first")
-        square = (self.size, self.size)
-        if self.mode == "squash":
-            out = image.resize(square, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        elif self.mode == "crop":
-            out = ImageOps.fit(image, square, Image.Resampling.BICUBIC)
-        else:
-            longest = max(image.size)
-            width, height = (max(1, round(side * self.size / longest)) for side in image.size)
-            out = Image.new("RGB", square, self.background)
-            small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-            out.paste(small, ((self.size - width) // 2, (self.size - height) // 2))
+        if self.mode == "crop":
+            return np.asarray(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC))
+        squeeze = {"pad": 1.0, "fit": _SQUEEZE, "squash": float("inf")}[self.mode]
+        longest = max(image.size)
+        width, height = (max(1, round(self.size * min(1.0, squeeze * side / longest))) for side in image.size)
+        small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        if small.size == (self.size, self.size):
+            return np.asarray(small)
+        out = Image.new("RGB", (self.size, self.size), self.background)
+        out.paste(small, ((self.size - width) // 2, (self.size - height) // 2))
         return np.asarray(out)

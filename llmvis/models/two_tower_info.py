@@ -33,13 +33,13 @@ class TwoTowerConfig:
     model_type: str = MODEL_TYPE
     name: str = "llmvis/two-tower"
     image_size: int = 224
-    mode: Mode = "pad"
+    mode: Mode = "fit"
     language_model: str = PACKAGED
     text_dim: int = 384
     learned_dim: int = 384
     hidden: int = 0
     semantic_share: float = 0.5
-    temperature: float = 1.0
+    temperature: float = 1.4
     max_tokens: int = 128
     glossary: bool = True
     licence: str = "Apache-2.0"
