@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,8 @@ from llmvis.models.language_model import PACKAGED, language_model_folder
 from llmvis.models.two_tower import TextEncoder, TwoTower, save_two_tower
 from llmvis.models.two_tower_info import TwoTowerConfig
 from llmvis.training import AlignConfig, Aligner
+
+SCRATCH = "scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def train(config: TrainConfig) -> Path:
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(Path(folder) / "two_tower", out / "two_tower", dirs_exist_ok=True)
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)  # on another machine if rank 0 was there
     finished = json.loads((out / "run.json").read_text()) | {"finished": True, "metrics": result.metrics}
     (out / "run.json").write_text(json.dumps(finished, indent=1))
     return out / "two_tower"
@@ -169,11 +171,11 @@ def _align_worker(settings: dict[str, Any]) -> None:
         if rank > 0:
             ray.train.report(metrics)
             continue
-        with tempfile.TemporaryDirectory() as state:
-            aligner.save(Path(state))
-            model.learned.load_state_dict(aligner.best)
-            save_two_tower(model, Path(state) / "two_tower")
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(state))
+        scratch = Path(settings["out"]) / SCRATCH  # Ray copies it to the run's storage
+        aligner.save(scratch)
+        model.learned.load_state_dict(aligner.best)
+        save_two_tower(model, scratch / "two_tower")
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
 
 def _bank(
