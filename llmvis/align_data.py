@@ -1,10 +1,11 @@
 """Training pairs of the alignment stage: which pictures, which words, what is purged, features.
 
 Rows come from the embedded collection, from openclipart and, where it is at hand, from
-OpenMoji's drawings of the training names. Training drops every row that is near a held-out
-one, in looks (cosine of centred trunk features > 0.70) or in words (cosine of captions >
-0.80). The trunk is frozen, so each augmented view goes through it once and what is trained
-sees features. Knows no Ray.
+OpenMoji's drawings of the training names; and one without a picture for each class that the
+trunk knows, so that the learned part keeps what the trunk learned of photographs. Training
+drops every row that is near a held-out one, in looks (cosine of centred trunk features >
+0.70) or in words (cosine of captions > 0.80). The trunk is frozen, so each augmented view
+goes through it once and what is trained sees features. Knows no Ray.
 
 Shape legend: V views, N rows, F features, T text dimensions.
 """
@@ -24,10 +25,14 @@ from llmvis.augment import view_of
 from llmvis.data import load_emoji
 from llmvis.data.drawings import load_drawings
 from llmvis.data.openclipart import load_openclipart
-from llmvis.models.two_tower import IMAGE_BATCH, IMAGE_FEATURES, TextEncoder, TwoTower
+from llmvis.models.convert import class_words
+from llmvis.models.efficientnet import FEATURES
+from llmvis.models.two_tower import IMAGE_BATCH, IMAGE_FEATURES, TwoTower
 
 NEAR_PICTURE, NEAR_CAPTION = 0.70, 0.80
 HELD_OUT = ("validation", "test", "authors")
+CLASS = "class"  # source of the rows that stand for what the trunk knows
+CLASS_STRENGTH, CLASS_REPEATS = 1.5, 2
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Row:
     image: bytes
     caption: str
     keywords: tuple[str, ...]
-    source: str  # emoji, openclipart or openmoji
-    split: str  # train, validation, test or authors
+    source: str  # emoji, openclipart, openmoji or class
+    split: str  # train, validation, test, authors or unused
 
 
 @dataclass
@@ -54,13 +59,16 @@ class Bank:
 
     def where(self, split: str, source: str | None = None) -> np.ndarray:
         """Indices of the rows of a split (and of one source)."""
-        return np.array(
-            [i for i, r in enumerate(self.rows) if r.split == split and source in (None, r.source)], int
-        )
+        return split_index(self.rows, split, source)
 
     def captions(self, index: np.ndarray) -> torch.Tensor:
         """float32 (len(index), T)."""
         return self.texts[[self.phrases[self.rows[i].caption] for i in index]].float()
+
+
+def split_index(rows: Sequence[Row], split: str, source: str | None = None) -> np.ndarray:
+    """Indices of the rows of a split (and of one source)."""
+    return np.array([i for i, r in enumerate(rows) if r.split == split and source in (None, r.source)], int)
 
 
 def load_rows(openclipart: Path | None, openmoji: Path | None) -> list[Row]:
@@ -73,12 +81,9 @@ def load_rows(openclipart: Path | None, openmoji: Path | None) -> list[Row]:
     rows = []
     for source, table in tables:
         for row in table.select(["id", "image", "caption", "keywords", "split"]).to_pylist():
-            if row["split"] != "unused":
-                keywords = tuple(word for word in row["keywords"] if word)
-                data = row["image"]["bytes"]
-                rows.append(
-                    Row(f"{source}/{row['id']}", data, row["caption"], keywords, source, row["split"])
-                )
+            keywords = tuple(word for word in row["keywords"] if word)
+            data = row["image"]["bytes"]
+            rows.append(Row(f"{source}/{row['id']}", data, row["caption"], keywords, source, row["split"]))
     return rows
 
 
@@ -128,24 +133,61 @@ def trunk_features(
     return features, logits
 
 
-def embed_phrases(rows: Sequence[Row], encoder: TextEncoder) -> tuple[dict[str, int], torch.Tensor]:
-    """Every text that training or evaluation may use → its place, and float16 (phrases, T)."""
-    unique = sorted({text for row in rows for text in texts_of(row)})
-    return {text: i for i, text in enumerate(unique)}, encoder(unique).half().cpu()
+def class_rows() -> list[Row]:
+    """One row without a picture for each class of the trunk: name, other names, a description."""
+    rows = []
+    for i, (name, others, description) in enumerate(class_words()):
+        words = [*others, *([description] if description else [])]
+        rows.append(Row(f"class/{i}", b"", name, tuple(words), CLASS, "train"))
+    return rows
+
+
+def class_features(
+    model: TwoTower, features_VNF: torch.Tensor, logits_NK: torch.Tensor, index: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features a photograph of each class might have, `(V, 1000, F)`, and their logits.
+
+    The classifier's weights of a class point where its photographs lie (neural collapse,
+    Papyan 2020): the mean picture plus 1.5 typical deviations in that direction, not below
+    zero. Middle features are the mean picture's. Views after the first have noise.
+    """
+    classifier = model.trunk.classifier
+    plain = features_VNF[0, index].float()
+    mean, pooled = plain.mean(0), plain[:, :FEATURES]
+    deviation = (pooled - mean[:FEATURES]).norm(dim=1).mean()
+    towards = torch.nn.functional.normalize(classifier.weight - classifier.weight.mean(0), dim=1)
+    centre = mean[:FEATURES] + CLASS_STRENGTH * deviation * towards.detach()
+    generator = torch.Generator().manual_seed(0)
+    out = mean.repeat(len(features_VNF), len(centre), 1)
+    for view in range(len(features_VNF)):
+        noise = 0.1 * pooled.std(0) * torch.randn(centre.shape, generator=generator) if view else 0.0
+        out[view, :, :FEATURES] = (centre + noise).clamp(min=0)
+    with torch.inference_mode():
+        logits = classifier(out[0, :, :FEATURES])
+    return out.half(), logits.to(logits_NK.dtype)
+
+
+def phrases_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Every text that training or evaluation may use → its place in the table of embeddings."""
+    return {text: i for i, text in enumerate(sorted({text for row in rows for text in texts_of(row)}))}
 
 
 def training_rows(
     bank: Bank, near_picture: float = NEAR_PICTURE, near_caption: float = NEAR_CAPTION
 ) -> np.ndarray:
-    """Indices of the training rows that are near no held-out row, by looks or by caption."""
-    train = bank.where("train")
+    """Indices of the training rows that are near no held-out row, by looks or by caption.
+
+    Class rows come CLASS_REPEATS times, whatever their names: they are no pictures.
+    """
+    classes = bank.where("train", CLASS)
+    train = np.setdiff1d(bank.where("train"), classes)
     held = np.concatenate([bank.where(split) for split in HELD_OUT])
     pooled = bank.features[0].float()
     centred = torch.nn.functional.normalize(pooled - pooled[train].mean(0), dim=1)
     looks = _nearest(centred[train], centred[held])
     words = _nearest(bank.captions(train), bank.captions(held))
-    kept: np.ndarray = train[((looks <= near_picture) & (words <= near_caption)).numpy()]
-    return kept
+    kept = train[((looks <= near_picture) & (words <= near_caption)).numpy()]
+    return np.concatenate([kept, *[classes] * CLASS_REPEATS])
 
 
 def _nearest(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class AlignConfig:
     epochs: int = 20
     batch_size: int = 512
     learning_rate: float = 1e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5
     dropout: float = 0.3
     warmup: float = 0.1
     scale_init: float = 14.3

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from llmvis.align_data import Bank, Row, sample_text, texts_of, training_rows
+from llmvis.align_data import Bank, Row, class_features, class_rows, sample_text, texts_of, training_rows
 from llmvis.augment import view_of
 from llmvis.models.efficientnet import CLASSES
 from llmvis.models.preprocess import SquarePreprocess
@@ -117,6 +117,18 @@ def test_purge_drops_what_looks_or_reads_like_a_held_out_row() -> None:
     bank.texts[bank.phrases[bank.rows[namesake].caption]] = bank.texts[bank.phrases[bank.rows[held].caption]]
     kept = training_rows(bank, near_picture=0.95, near_caption=0.99)
     assert set(everything) - set(kept) == {twin, namesake}
+
+
+def test_class_rows_stand_for_what_the_trunk_knows() -> None:
+    """The features made for a class are ones that the trunk's classifier takes for that class."""
+    model = load_two_tower().model
+    features = torch.rand(2, 50, IMAGE_FEATURES).half()
+    made, logits = class_features(model, features, torch.zeros(50, CLASSES).half(), np.arange(50))
+    rows = class_rows()
+    assert made.shape == (2, len(rows), IMAGE_FEATURES) == (2, 1000, IMAGE_FEATURES)
+    assert made.min() >= 0 and torch.isfinite(made).all()
+    assert (logits.argmax(1) == torch.arange(1000)).float().mean() > 0.98
+    assert rows[207].caption.lower() == "golden retriever" and rows[0].keywords
 
 
 def test_texts_are_sampled_from_all_of_a_picture_s_words() -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llmvis.align_data import Bank, Row, embed_phrases, load_rows, training_rows, trunk_features
+from llmvis.align_data import (
+    Bank,
+    Row,
+    class_features,
+    class_rows,
+    load_rows,
+    phrases_of,
+    split_index,
+    training_rows,
+    trunk_features,
+)
 from llmvis.data.drawings import fetch_openmoji, find_openmoji
 from llmvis.data.openclipart import cache_folder, fetch_openclipart, find_openclipart
 from llmvis.losses import Gather, alone
 from llmvis.models.convert import initial_model
-from llmvis.models.language_model import PACKAGED, language_model_folder
-from llmvis.models.two_tower import TextEncoder, TwoTower, save_two_tower
+from llmvis.models.language_model import PACKAGED, language_model_files, language_model_folder
+from llmvis.models.two_tower import TextEncoder, TwoTower, average_two_towers, save_two_tower
 from llmvis.models.two_tower_info import TwoTowerConfig
 from llmvis.training import AlignConfig, Aligner
 
@@ -71,7 +82,7 @@ class TrainConfig:
     """"packaged" (MiniLM), a folder, or a Hugging Face name of an encoder language model."""
     image_size: int = 224
     """Side of the trunk's input, px."""
-    hidden: int = 768
+    hidden: int = 0
     """Width of the learned part's MLP; 0: linear."""
     semantic_share: float = 0.5
     """Share of the cosine that the class-name part decides."""
@@ -79,6 +90,8 @@ class TrainConfig:
     """Of the class probabilities in the class-name part."""
     views: int = 3
     """Views of each picture: the plain one and augmented ones."""
+    seeds: int = 1
+    """Train so many seeds, in seed-0/, seed-1/, …, and average their weights, as in the shipped model."""
     max_rows: int | None = None
     """Use only so many pictures (a quick trial)."""
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -90,6 +103,22 @@ def train(config: TrainConfig) -> Path:
     Raises `ValueError` if `out` holds a finished run or one with other settings.
     """
     out = Path(config.out).resolve()
+    if config.seeds == 1:
+        return _train_seed(config, out)
+    if (out / "two_tower").exists():
+        raise ValueError(f"{out} holds a finished run: take its two_tower/, or give another --out")
+    folders = []
+    for number in range(config.seeds):
+        align = replace(config.align, seed=config.align.seed + number)
+        folder = out / f"seed-{number}"
+        if not (folder / "two_tower").exists():
+            _train_seed(replace(config, seeds=1, out=str(folder), align=align), folder)
+        folders.append(folder / "two_tower")
+    average_two_towers(folders, out / "two_tower")
+    return out / "two_tower"
+
+
+def _train_seed(config: TrainConfig, out: Path) -> Path:
     settings = _prepare(config, out)
     trainer = ray.train.torch.TorchTrainer(
         _align_worker,
@@ -200,8 +229,30 @@ def _bank(
             cached.parent.mkdir(parents=True, exist_ok=True)
             save_file({"features": features, "logits": logits}, partial)
             partial.rename(cached)
-    phrases, texts = embed_phrases(rows, text_encoder)
-    return Bank(rows, features, logits, phrases, texts)
+    classes = class_rows()
+    more, scores = class_features(model, features, logits, split_index(rows, "train"))
+    step = max(1, len(classes) // settings["max_rows"]) if settings["max_rows"] else 1
+    features, logits = torch.cat([features, more[:, ::step]], 1), torch.cat([logits, scores[::step]])
+    rows = rows + classes[::step]
+    return Bank(rows, features, logits, *_texts(rows, text_encoder, settings["language_model"]))
+
+
+def _texts(rows: list[Row], text_encoder: TextEncoder, name: str) -> tuple[dict[str, int], Tensor]:
+    """Embeddings of all phrases, from this machine's cache or computed (every worker for itself)."""
+    phrases = phrases_of(rows)
+    digest = hashlib.sha256("\n".join(phrases).encode())
+    for file in language_model_files(language_model_folder(name)):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    cached = cache_folder() / f"texts-{digest.hexdigest()[:16]}.safetensors"
+    if cached.exists():
+        return phrases, load_file(cached)["texts"]
+    texts = text_encoder(list(phrases)).half().cpu()
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_suffix(f".{os.getpid()}.partial")
+    save_file({"texts": texts}, partial)
+    partial.replace(cached)
+    return phrases, texts
 
 
 def _bank_key(rows: list[Row], settings: dict[str, Any]) -> str:

