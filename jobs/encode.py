@@ -12,11 +12,13 @@ from llmvis.cluster.session import session
 from llmvis.config import EncodeConfig, parse
 from llmvis.encode import LoadEncoder, ReadPictures
 from llmvis.entry import entry
+from llmvis.ledger import committed
 from llmvis.models.load import describe_encoder, load_encoder
 from llmvis.models.protocols import EncoderInfo
-from llmvis.plan import Plan, plan_aside
+from llmvis.plan import Plan, check_same, existing, plan_aside
 from llmvis.schema import encoded
 from llmvis.sources import Source, SourceOptions, open_reader, open_source
+from llmvis.storage import Store
 from llmvis.summary import plan_lines, report_lines
 
 
@@ -27,7 +29,6 @@ def mapping(config: EncodeConfig, source: Source, info: EncoderInfo) -> Mapping:
     return Mapping(
         job="encode",
         settings={
-            "model": info.name,
             "model_fingerprint": info.fingerprint,
             "max_pixels": config.max_pixels,
             "max_bytes": config.max_bytes,
@@ -69,8 +70,9 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     if config.dry_run:
         with plan_aside(
             job=job.job, source=source, settings=job.settings, shard_items=config.shard_items
-        ) as (plan, _):
+        ) as (plan, listing):
             announce(plan)
+            _compare(Store(config.out), plan, listing)
         return {}
     pool = Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items)
     with session(config.num_cpus):
@@ -79,6 +81,17 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _compare(store: Store, plan: Plan, listing: Path) -> None:
+    """Says how far the job in `store` is; raises `PlanError` where it is another one."""
+    old = existing(store)
+    if old is None:
+        return
+    check_same(store, old, plan, listing)
+    print(
+        f"  so far     {len(committed(store)):,} of {old.shards:,} shards are done; the job goes on from there"
+    )
 
 
 def main() -> None:

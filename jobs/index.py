@@ -14,7 +14,8 @@ from tqdm import tqdm
 from llmvis.config import IndexConfig, parse
 from llmvis.entry import entry
 from llmvis.index import IndexInfo, build
-from llmvis.plan import read_data, read_manifest
+from llmvis.ledger import read_data, read_manifest
+from llmvis.plan import refuse_foreign
 from llmvis.storage import Store
 from llmvis.summary import size
 
@@ -38,6 +39,7 @@ def run(config: IndexConfig) -> dict[str, Any]:
     begun = time.perf_counter()
     out = Store(config.out)
     with out.lock():
+        refuse_foreign(out, {"CURRENT", "manifests", "shards"})
         built = build(out, IndexInfo(model=manifest["model"], source=manifest["source"]), tables())
     if built["rows"] != rows:
         raise AssertionError(f"{built['rows']} rows indexed of {rows}")

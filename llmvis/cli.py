@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmvis.config import SearchConfig, parse
-from llmvis.demo import DemoConfig, run_demo
+from llmvis.config import DemoConfig, SearchConfig, parse
 from llmvis.entry import entry
 from llmvis.index import FlatIndex, open_index, read_info
 from llmvis.models.load import load_encoder
-from llmvis.report import QueryResult, gallery, one_line, sheet
+from llmvis.report import QueryResult, gallery, sheet
+from llmvis.schema import printable
 from llmvis.search import Hit, Query, pictures, query_vector, search
 
 
@@ -35,7 +35,11 @@ def run_search(config: SearchConfig) -> None:
     )
     (hits,) = search(index, query_vector(query, encoder), config.k)
     if config.json:
-        print(json.dumps([hit.to_json() for hit in hits], ensure_ascii=False, indent=1, default=str))
+        print(
+            json.dumps(
+                [hit.to_json() for hit in hits], ensure_ascii=sys.stdout.isatty(), indent=1, allow_nan=False
+            )
+        )
     else:
         _print_table(hits)
     if config.html or config.sheet:
@@ -51,9 +55,10 @@ def run_search(config: SearchConfig) -> None:
 def query_result(index: FlatIndex, query: Query, hits: list[Hit]) -> QueryResult:
     """A question with its answers and their pictures, as a page wants it."""
     asked = Path(query.image).read_bytes() if query.image else None
-    return QueryResult(
-        text=_in_words(query), picture=asked, hits=list(zip(hits, pictures(index, hits), strict=True))
-    )
+    found = pictures(index, hits)
+    if gone := sum(data is None for data in found):
+        print(f"note: {gone} of {len(found)} pictures are not where they were encoded", file=sys.stderr)
+    return QueryResult(text=_in_words(query), picture=asked, hits=list(zip(hits, found, strict=True)))
 
 
 def _in_words(query: Query) -> str:
@@ -67,9 +72,16 @@ def _print_table(hits: list[Hit]) -> None:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("rank", "score"))  # type: ignore[arg-type]
     for hit in hits:
         table.add_row(
-            str(hit.rank), f"{hit.score:.3f}", Text(one_line(hit.caption or "")), Text(one_line(hit.path))
+            str(hit.rank), f"{hit.score:.3f}", Text(printable(hit.caption or "")), Text(printable(hit.path))
         )
-    Console().print(table)
+    # a pipe has no width: whole lines, for grep
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+def run_demo(config: DemoConfig) -> None:
+    from llmvis import demo  # brings Ray, which a search does without
+
+    demo.run_demo(config)
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {

@@ -6,14 +6,18 @@ Every field has a default that works or is required; there are no magic values.
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
+
+from llmvis.schema import UserError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -64,6 +68,11 @@ class EncodeConfig:
     json: str | None = None
     """Write the report there too, as JSON."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_pixels", "max_bytes", "actors", "num_cpus", "shard_items")
+        _at_least(self, 0, "gpus_per_actor")
+        _check_file(self.json)
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
@@ -83,6 +92,9 @@ class IndexConfig:
     json: str | None = None
     """Write the report there too, as JSON."""
 
+    def __post_init__(self) -> None:
+        _check_file(self.json)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -92,7 +104,7 @@ class SearchConfig:
 
       llmvis search --index idx/ "a red flower" -k 10
 
-      llmvis search --index idx/ "a flower" --not red yellow --html page.html
+      llmvis search --index idx/ "a flower" --not red --not yellow --html page.html
 
       llmvis search --index idx/ --image rose.jpg "on a table" --text-weight 0.5 --json
     """
@@ -105,8 +117,8 @@ class SearchConfig:
     """How many pictures; as many come, if the index has them."""
     image: str | None = None
     """A picture to look for, alone or together with the text."""
-    not_: Annotated[tuple[str, ...], tyro.conf.arg(name="not")] = ()
-    """Texts to stay away from."""
+    not_: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="not")] = ()
+    """A text to stay away from; may be given several times."""
     text_weight: float = 1.0
     """How much the text counts, against --image-weight."""
     image_weight: float = 1.0
@@ -122,44 +134,78 @@ class SearchConfig:
     model: str | None = None
     """Where the index's model lies on this machine, if not where it was encoded."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "k")
+        for file in (self.html, self.sheet):
+            _check_file(file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Encode, index and search the packaged collection; leaves index.html to look at. Takes minutes, once.
+
+    For example:
+
+      llmvis demo --out demo
+    """
+
+    out: str = "demo"
+    """Folder for everything that the demo makes."""
+    k: int = 10
+    """Pictures for each query."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "k")
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    """Raises `UserError` for the first of these fields that holds less."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int | float) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
+
+
+def _check_file(name: str | None) -> None:
+    """Raises `UserError` unless a file can be made there: better before the work than after."""
+    if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        raise UserError(f"{name} cannot be a file: give a file name in a folder that exists")
+
 
 def parse(config: type[ConfigT], prog: str, args: Sequence[str] | None = None) -> ConfigT:
     """The command line as a `config`; `--config FILE.yaml` gives values that flags override.
 
-    Exits with status 2 and a message on a wrong flag or a wrong key in the file.
+    Exits with status 2 and a message on a wrong flag or a wrong key in the file. Raises
+    `UserError` where a value is out of its range.
     """
-    given = list(sys.argv[1:] if args is None else args)
-    default: Any = None
-    if "--config" in given:
-        at = given.index("--config")
-        if at + 1 == len(given):
-            _fail(prog, "--config takes a YAML file")
-        default, given = _from_yaml(config, given[at + 1], prog), given[:at] + given[at + 2 :]
-    if default is None:
-        return tyro.cli(config, prog=prog, args=given)
-    return cast(ConfigT, tyro.cli(config, prog=prog, args=given, default=default))
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    file, given = early.parse_known_args(sys.argv[1:] if args is None else args)
+    default: Any = _from_yaml(config, file.config, prog) if file.config else tyro.MISSING_NONPROP
+    note = "\n\n--config FILE.yaml takes any of these from a file, as `name: value`; flags override it."
+    description = inspect.cleandoc(config.__doc__ or "") + note
+    made: ConfigT = tyro.cli(config, prog=prog, args=given, default=default, description=description)
+    return made
 
 
 def _from_yaml(config: type[ConfigT], file: str, prog: str) -> ConfigT:
     try:
         values = yaml.safe_load(Path(file).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        _fail(prog, f"{file}: {error}")
+        raise UserError(f"{file}: {error}") from error
     if not isinstance(values, dict):
-        _fail(prog, f"{file} must hold `name: value` lines")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+        raise UserError(f"{file} must hold `name: value` lines")
     known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
-    if wrong := sorted(values.keys() - known.keys()):
-        _fail(prog, f"{file}: unknown {', '.join(wrong)}; known: {', '.join(known)}")
-    missing = {f: tyro.MISSING for f in known if f not in values and _required(config, f)}
-    return config(**values, **missing)
-
-
-def _required(config: type[Any], name: str) -> bool:
-    field = next(f for f in fields(config) if f.name == name)
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _fail(prog: str, message: str) -> Any:
-    print(f"{prog}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    values = {key if key in known else f"{key}_": value for key, value in values.items()}
+    if wrong := sorted(key.rstrip("_") for key in values.keys() - known.keys()):
+        raise UserError(f"{file}: unknown {', '.join(wrong)}; known: {', '.join(known)}")
+    missing = {
+        name: tyro.MISSING
+        for name, f in known.items()
+        if name not in values and f.default is MISSING and f.default_factory is MISSING
+    }
+    try:
+        return config(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **missing)
+    except TypeError as error:
+        raise UserError(f"{file}: {error}") from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import encode, index
-from llmvis.config import EncodeConfig, IndexConfig
+from llmvis.config import DemoConfig, EncodeConfig, IndexConfig
 from llmvis.index import open_index
 from llmvis.models.load import load_encoder
 from llmvis.report import QueryResult, gallery
@@ -26,21 +25,6 @@ QUERIES = (
     ("zh", "月亮"),
     ("ja", "電車"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Encode, index and search the packaged collection; leaves index.html to look at. Takes minutes, once.
-
-    For example:
-
-      llmvis demo --out demo
-    """
-
-    out: str = "demo"
-    """Folder for everything that the demo makes."""
-    k: int = 10
-    """Pictures for each query."""
 
 
 def run_demo(config: DemoConfig) -> None:

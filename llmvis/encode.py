@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmvis.images import decode
+from llmvis.ledger import dead_row
 from llmvis.models.protocols import Encoder, Preprocess
-from llmvis.plan import dead_row
-from llmvis.schema import MAX_CAPTION, ItemError, Reason
+from llmvis.schema import LISTING, MAX_CAPTION, ItemError, Reason
 from llmvis.sources import Reader
 
 Row = dict[str, Any]
@@ -42,7 +42,11 @@ class ReadPictures:
         extra: list[Row] = []
         dead: list[Row] = []
         begun = time.perf_counter()
-        found = self.reader.read([r["locator"] for r in listed], [(r["size"], r["mtime_ns"]) for r in listed])
+        found = self.reader.read(
+            [row["locator"] for row in listed],
+            [(row["size"], row["mtime_ns"]) for row in listed],
+            max_bytes=self.max_bytes,
+        )
         for index, (row, data) in enumerate(zip(listed, found, strict=True)):
             now = time.perf_counter()
             seconds["read"] += now - begun
@@ -67,13 +71,12 @@ class ReadPictures:
         """The caption of the row, or the text of its file; a file that cannot be read is none."""
         if row["caption"] is not None or row["caption_locator"] is None:
             return None if row["caption"] is None else str(row["caption"])
-        (data,) = self.reader.read([row["caption_locator"]])
-        return None if isinstance(data, ItemError) else data.decode("utf-8-sig", "replace").strip()
+        return self.reader.read_caption(row["caption_locator"])
 
     @staticmethod
     def _joined(rows: pa.Table, kept: list[int], extra: list[Row]) -> pa.Table:
         """The kept rows, less what only the reader needs, with what was found out."""
-        drop = ["size", "mtime_ns", "caption", "caption_locator", "reason", "detail"]
+        drop = [name for name in LISTING.names if name not in ("id", "path", "locator")]
         table = rows.take(pa.array(kept, pa.int64())).drop_columns(drop)
         kinds = {
             "caption": pa.string(),

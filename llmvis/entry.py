@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from llmvis.schema import UserError
+from llmvis.schema import UserError, printable
 
 
 def entry(main: Callable[[], None]) -> None:
@@ -13,8 +13,11 @@ def entry(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `| head`
+        sys.stderr.close()
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
-        print("stopped; run the same command again and it goes on", file=sys.stderr)
+        print("stopped; a job goes on when the same command is run again", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,12 +1,14 @@
 """Retrieval evaluation of any `Encoder`: fixed pools, controls, languages. Knows no Ray.
 
-Every pool is text → picture with the caption as the query and one right picture. Beside
-each score stand two controls: `random`, what chance gives in a pool of this size, and
-`shuffled`, the same encoder with the captions dealt to wrong pictures (mean of five deals).
+Every pool is text → picture with the caption as the query and one right picture; another
+picture with the very same caption is no wrong answer, and no candidate. Beside each score
+stand two controls: `random`, what chance gives in a pool of this size, and `shuffled`, the
+same encoder with the captions dealt to wrong pictures (mean of five deals).
 
 Pools:
-  emoji          held-out names of the embedded collection (its test split)
-  mixed          the same plus the clip-art test split of openclipart, 576 pictures
+  emoji          held-out names of the embedded collection (its test split), 192
+  mixed          a third each: those, OpenMoji's drawings of them, clip art of the test split
+  emoji_clipart  the first, and all clip art of the test split: 576
   authors        pictures of openclipart authors of whom no picture was trained on
   <language>     names in another language, against the whole embedded collection, and
                  `<language>_held_out` against its test split
@@ -23,15 +25,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from llmvis.augment import on_ground
 from llmvis.data import EMOJI_LANGUAGES, load_emoji
+from llmvis.data.drawings import OPENMOJI, find_drawings, load_drawings
 from llmvis.data.openclipart import find_openclipart, load_openclipart
-from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary
+from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary, target_ranks
 from llmvis.models.protocols import Encoder
 
 SHUFFLES = 5
+MIXED = 576  # pictures in the mixed pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ class EvaluateConfig:
     """File for the figures."""
     openclipart: str | None = None
     """Folder of the unpacked Debian packages; default: the cache; without them, two pools are left out."""
+    openmoji: str | None = None
+    """Folder of the unpacked npm package openmoji; default: the cache; without it, no mixed pool."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1, …"""
     languages: tuple[str, ...] = ("en", "de", "fr", "es", "zh", "ja")
@@ -67,6 +74,13 @@ class Pool:
 
     images: np.ndarray  # float32 (N, D)
     queries: list[str]
+
+    def __add__(self, other: Pool) -> Pool:
+        return Pool(np.concatenate([self.images, other.images]), self.queries + other.queries)
+
+    def first(self, count: int) -> Pool:
+        """The first `count` pictures."""
+        return Pool(self.images[:count], self.queries[:count])
 
 
 def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, Any]:
@@ -84,23 +98,33 @@ def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, An
     emoji = load_emoji()
     embedded = embed_pictures(encoder, emoji)
     test = np.array([split == "test" for split in emoji["split"].to_pylist()])
-    names = np.array(emoji["caption"].to_pylist(), object)
-    pools = {"emoji": Pool(embedded[test], list(names[test]))}
+    pools = {"emoji": Pool(embedded[test], emoji.filter(pa.array(test))["caption"].to_pylist())}
     skipped: dict[str, str] = {}
-    root = find_openclipart(config.openclipart)
-    if root is None:
-        why = "openclipart is not at hand: pass --openclipart DIR (see llmvis/data/openclipart.py)"
-        skipped = {"mixed": why, "authors": why}
+    clipart = drawings = None
+    if (root := find_openclipart(config.openclipart)) is None:
+        skipped["emoji_clipart"] = skipped["authors"] = "openclipart is not at hand: pass --openclipart DIR"
     else:
-        clipart, authors = load_openclipart(root, "test"), load_openclipart(root, "authors")
-        together = np.concatenate([embedded[test], embed_pictures(encoder, clipart)])
-        pools["mixed"] = Pool(together, [*names[test], *clipart["caption"].to_pylist()])
-        pools["authors"] = Pool(embed_pictures(encoder, authors), authors["caption"].to_pylist())
-    splits = {name: score(encoder.encode_texts(p.queries), p.images) for name, p in pools.items()}
+        clipart = _pool(encoder, load_openclipart(root, "test"))
+        pools["emoji_clipart"] = pools["emoji"] + clipart
+        pools["authors"] = _pool(encoder, load_openclipart(root, "authors"))
+    if (package := find_drawings(OPENMOJI, config.openmoji)) is not None:
+        table = load_drawings(OPENMOJI, package)
+        drawings = _pool(encoder, table.filter(pc.equal(table["split"], "test")))
+    if clipart is None or drawings is None:
+        skipped["mixed"] = (
+            "openclipart and OpenMoji are not both at hand: pass --openclipart DIR --openmoji DIR"
+        )
+    else:
+        pools["mixed"] = pools["emoji"] + drawings + clipart.first(MIXED - test.sum() - len(drawings.queries))
+    splits = {name: score(encoder.encode_texts(p.queries), p.images, p.queries) for name, p in pools.items()}
     for language in config.languages:
-        asked = encoder.encode_texts(emoji["caption" if language == "en" else f"name_{language}"].to_pylist())
-        splits[language] = score(asked, embedded)
-        splits[f"{language}_held_out"] = score(asked[test], embedded[test])
+        names = emoji["caption" if language == "en" else f"name_{language}"].to_pylist()
+        asked, held = (
+            encoder.encode_texts(names),
+            [name for name, is_test in zip(names, test, strict=True) if is_test],
+        )
+        splits[language] = score(asked, embedded, names)
+        splits[f"{language}_held_out"] = score(asked[test], embedded[test], held)
     return {
         "task": "retrieval",
         "encoder": encoder.info.name,
@@ -111,11 +135,15 @@ def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, An
     }
 
 
-def score(texts_ND: np.ndarray, images_ND: np.ndarray) -> dict[str, Any]:
+def score(texts_ND: np.ndarray, images_ND: np.ndarray, queries: Sequence[str]) -> dict[str, Any]:
     """Metrics, pool size and controls; the right picture of query i is i."""
-    size = len(texts_ND)
+    size = len(queries)
+    captions = np.array([query.lower() for query in queries])
+    twins = (captions[:, None] == captions) & ~np.eye(size, dtype=bool)
+    scores = np.where(twins, -np.inf, texts_ND @ images_ND.T)
+    own = retrieval_summary(target_ranks(scores, np.arange(size)))
     controls = {"random": random_control(size), "shuffled": shuffled_control(texts_ND, images_ND)}
-    return {"pool": size, **retrieval_scores(texts_ND, images_ND), "controls": controls}
+    return {"pool": size, **own, "controls": controls}
 
 
 def random_control(size: int) -> dict[str, float]:
@@ -137,6 +165,10 @@ def embed_pictures(encoder: Encoder, table: pa.Table, batch: int = 64) -> np.nda
         pictures = [_opened(row["image"]["bytes"], encoder) for row in chunk.to_pylist()]
         out.append(encoder.encode_images(np.stack(pictures)))
     return np.concatenate(out)
+
+
+def _pool(encoder: Encoder, table: pa.Table) -> Pool:
+    return Pool(embed_pictures(encoder, table), table["caption"].to_pylist())
 
 
 def _opened(data: bytes, encoder: Encoder) -> np.ndarray:

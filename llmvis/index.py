@@ -13,9 +13,11 @@ it does not know where vectors come from or what a picture is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import faiss
@@ -76,7 +78,15 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table]) -> dict[str
     data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     store.write(f"manifests/{version:06}.json", data)
     store.write("CURRENT", f"{version:06} {sha256_bytes(data)}\n".encode())
+    _sweep(store, version)
     return manifest
+
+
+def _sweep(store: Store, version: int) -> None:
+    """Removes what versions before the last one left, and builds that failed; open readers keep their files."""
+    for folder in ("manifests", "shards"):
+        kept = {n for n in store.names(folder) if int(Path(n).name[:6]) in (version - 1, version)}
+        store.sweep(folder, kept)
 
 
 def _groups(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
@@ -230,11 +240,11 @@ def read_info(path: str) -> dict[str, Any]:
 def _current(store: Store) -> dict[str, Any]:
     if not store.exists("CURRENT"):
         raise StorageError(f"{store.root} is no index; make one with python -m jobs.index")
-    words = store.read("CURRENT").decode("ascii", "replace").split()
-    if len(words) != 2 or not words[0].isdecimal():
+    match = re.fullmatch(rb"(\d{6}) ([0-9a-f]{64})\n", store.read("CURRENT"))
+    if match is None:
         raise StorageError(f"{store.path('CURRENT')} is damaged; build the index anew")
-    name = f"manifests/{words[0]}.json"
-    verify(store.path(name), words[1])
+    name = f"manifests/{match[1].decode()}.json"
+    verify(store.path(name), match[2].decode())
     manifest = store.read_json(name)
     if manifest.get("format") != FORMAT_VERSION or manifest.get("kind") != "flat":
         raise StorageError(

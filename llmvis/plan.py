@@ -1,4 +1,4 @@
-"""What a job will do, what it has done, and the books that must balance. No Ray.
+"""What a job will do: its items in shards, fixed and fingerprinted before it starts. No Ray.
 
 A job's output folder holds
 
@@ -9,17 +9,14 @@ A job's output folder holds
     manifest.json        written last: the files that count, and the ledger
     report.json          where the time went
 
-A shard counts when its marker is there; a job when its manifest is. Whatever else
-a killed run left behind is not named by either and is swept away.
+This module makes and compares plans; `ledger` has what comes after.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,9 +30,9 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from llmvis.schema import FORMAT_VERSION, LISTING, ItemError, Reason, UserError
-from llmvis.sources import Source
-from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file
+from llmvis.schema import FORMAT_VERSION, LISTING, UserError
+from llmvis.sources import Source, SourceError
+from llmvis.storage import Store, sha256_bytes, sha256_file
 
 SHARDS_A_FILE = 128
 DUPLICATE = "duplicate"
@@ -46,13 +43,12 @@ class PlanError(UserError):
     """The output folder belongs to other work; the message says what differs."""
 
 
-class LedgerError(AssertionError):
-    """The books do not balance: a fault of ours, and a reason not to publish."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job's work, fixed before it starts. `items = shards' rows`; `todo` is what no marker covers."""
+    """A job's work, fixed before it starts.
+
+    `bad` counts the rows that the listing itself found bad, `bytes` what it saw of the rest.
+    """
 
     job: str
     fingerprint: str
@@ -79,14 +75,20 @@ class Plan:
 def make_plan(folder: Path, *, job: str, source: Source, settings: dict[str, Any], shard_items: int) -> Plan:
     """Lists `source` into `folder/00000.parquet`, … and returns the plan for it.
 
-    Streams: memory is 16 bytes an item (to find ids that occur twice) and one shard's rows.
-    `settings` is everything beside the input that changes the output.
+    Streams: memory is some 60 bytes an item (to find ids that occur twice) and one shard's
+    rows. `settings` is everything beside the input that changes the output. Raises
+    `SourceError` where the source has no items.
     """
     folder.mkdir(parents=True)
     schema = pa.schema([*LISTING, *source.user_columns])
     names, ids, bad, size = _write_listing(folder, source.listing(), schema, shard_items)
     items = len(ids)
-    duplicates = _later_occurrences(ids)
+    if not items:
+        raise SourceError(
+            f"{source.describe()['root']} holds no pictures: {'; '.join(source.notes()) or 'it is empty'}"
+        )
+    duplicates = _later_occurrences(ids, bad)
+    bad[duplicates] = False
     if len(duplicates):
         _flag_duplicates(folder, names, duplicates, schema, shard_items)
     hashes = [sha256_file(folder / name) for name in names]
@@ -101,7 +103,7 @@ def make_plan(folder: Path, *, job: str, source: Source, settings: dict[str, Any
         parts=parts,
         items=items,
         duplicates=len(duplicates),
-        bad=bad,
+        bad=int(bad.sum()),
         bytes=size,
         shards=math.ceil(items / shard_items),
         shard_items=shard_items,
@@ -110,12 +112,13 @@ def make_plan(folder: Path, *, job: str, source: Source, settings: dict[str, Any
 
 def _write_listing(
     folder: Path, chunks: Iterator[pa.Table], schema: pa.Schema, shard_items: int
-) -> tuple[list[str], npt.NDArray[np.uint64], int, int]:
-    """Row groups of `shard_items`; returns file names, ids `(N, 2)`, the bad rows' count, bytes listed."""
+) -> tuple[list[str], npt.NDArray[np.uint64], npt.NDArray[np.bool_], int]:
+    """Row groups of `shard_items`; returns file names, ids `(N, 2)`, bad rows `(N,)`, bytes listed."""
     names: list[str] = []
     bar = tqdm(desc="list", unit=" items", mininterval=10, delay=10)  # seen only where it takes long
     ids: list[npt.NDArray[np.uint64]] = []
-    bad = size = 0
+    bad: list[npt.NDArray[np.bool_]] = []
+    size = 0
     writer: pq.ParquetWriter | None = None
     for shard, rows in enumerate(_regroup(chunks, shard_items)):
         if shard % SHARDS_A_FILE == 0:
@@ -127,13 +130,15 @@ def _write_listing(
         writer.write_table(rows, row_group_size=shard_items)
         raw = b"".join(bytes.fromhex(i) for i in rows["id"].to_pylist())
         ids.append(np.frombuffer(raw, np.uint64).reshape(-1, 2))
-        bad += rows.num_rows - rows["reason"].null_count
+        bad.append(rows["reason"].is_valid().to_numpy())
         size += int(pa.compute.sum(rows["size"]).as_py() or 0)
         bar.update(rows.num_rows)
     bar.close()
     if writer:
         writer.close()
-    return names, np.concatenate(ids) if ids else np.empty((0, 2), np.uint64), bad, size
+    if not ids:
+        return names, np.empty((0, 2), np.uint64), np.empty(0, bool), 0
+    return names, np.concatenate(ids), np.concatenate(bad), size
 
 
 def _regroup(chunks: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -151,9 +156,9 @@ def _regroup(chunks: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _later_occurrences(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Sorted row numbers of ids that an earlier row has. `ids (N, 2)`."""
-    order = np.lexsort((ids[:, 1], ids[:, 0]))  # stable: the first occurrence stays first
+def _later_occurrences(ids: npt.NDArray[np.uint64], bad: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Sorted row numbers of ids `(N, 2)` that another row stands for: the first good one, else the first."""
+    order = np.lexsort((bad, ids[:, 1], ids[:, 0]))  # stable
     same = (ids[order[1:]] == ids[order[:-1]]).all(axis=1)
     return np.sort(order[1:][same])
 
@@ -202,32 +207,42 @@ def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], s
     Call it under `store.lock()`. Raises `PlanError` where the folder holds other work,
     naming the input or the setting that differs.
     """
-    old = Plan.from_json(store.read_json("plan.json")) if store.exists("plan.json") else None
+    for stale in store.root.glob(".aside-*"):  # of a driver that was killed
+        store.delete(stale.name)
+    old = existing(store)
+    if old is None:
+        refuse_foreign(store, {"plan", "data", "dead", "_commits"})
     size = old.shard_items if old else shard_items  # a resumed job keeps its shards
     with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.root) as (
         new,
         folder,
     ):
         if old is None:
-            _refuse_foreign(store)
             store.delete("plan")
             folder.rename(store.path("plan"))
             store.write_json("plan.json", new.to_json())
             return new
-        if old.fingerprint != new.fingerprint:
-            raise PlanError(_difference(store, old, new, folder))
+        check_same(store, old, new, folder)
     return old
 
 
-def _refuse_foreign(store: Store) -> None:
-    """Raises `PlanError` if the folder has files that no job of ours made."""
-    ours = {"plan", ".lock", "data", "dead", "_commits"}
-    foreign = [
-        p.name for p in store.root.iterdir() if p.name not in ours and not p.name.startswith(".aside-")
-    ]
+def existing(store: Store) -> Plan | None:
+    """The plan that `store` holds, if any."""
+    return Plan.from_json(store.read_json("plan.json")) if store.exists("plan.json") else None
+
+
+def check_same(store: Store, old: Plan, new: Plan, folder: Path) -> None:
+    """Raises `PlanError` unless both plans are for the same work; `folder` has the new one's listing."""
+    if old.fingerprint != new.fingerprint:
+        raise PlanError(_difference(store, old, new, folder))
+
+
+def refuse_foreign(store: Store, ours: set[str]) -> None:
+    """Raises `PlanError` if the folder has anything but `ours`: it is somebody's, not a job's."""
+    foreign = [p.name for p in store.root.iterdir() if p.name not in ours | {".lock"}]
     if foreign:
         raise PlanError(
-            f"{store.root} is not empty ({foreign[0]}, …) and holds no job; choose a new folder for --out"
+            f"{store.root} is not empty ({foreign[0]}, …) and not ours; choose a new folder for --out"
         )
 
 
@@ -266,142 +281,3 @@ def _input_difference(old_folder: Path, old: Plan, new_folder: Path, new: Plan) 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def marker_name(shard: int) -> str:
-    return f"_commits/{shard:06}.json"
-
-
-def committed(store: Store) -> set[int]:
-    """Shards with a marker."""
-    return {int(Path(name).stem) for name in store.names("_commits")}
-
-
-def dead_row(row_id: str, source: str, stage: str, error: ItemError) -> dict[str, str]:
-    """A row of `schema.DEAD_LETTER`."""
-    return {
-        "id": row_id,
-        "source": source,
-        "stage": stage,
-        "reason": str(error.reason),
-        "detail": error.detail[:500],
-    }
-
-
-def publish_shard(
-    store: Store,
-    shard: int,
-    rows: pa.Table,
-    dead: pa.Table,
-    *,
-    items: int,
-    duplicates: int,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Data, then dead letters, then the marker that makes them count; returns the marker.
-
-    File names hold the content's hash: a shard done twice writes the same name or
-    another complete file, and the marker names one of them.
-    """
-    if rows.num_rows + dead.num_rows + duplicates != items:
-        raise LedgerError(f"shard {shard}: {rows.num_rows} + {dead.num_rows} + {duplicates} is not {items}")
-    marker: dict[str, Any] = {
-        "shard": shard,
-        "items": items,
-        "duplicates": duplicates,
-        "data": _publish_table(store, "data", shard, rows),
-        "dead": _publish_table(store, "dead", shard, dead),
-        "reasons": dict(sorted(Counter(dead["reason"].to_pylist()).items())),
-        "seconds": seconds,
-    }
-    store.write_json(marker_name(shard), marker)
-    return marker
-
-
-def _publish_table(store: Store, folder: str, shard: int, table: pa.Table) -> dict[str, Any] | None:
-    if table.num_rows == 0:
-        return None
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_index=False)
-    data = sink.getvalue().to_pybytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    name = f"{folder}/{shard:06}-{sha256[:12]}.parquet"
-    store.write(name, data)
-    return {"name": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha256}
-
-
-def publish_manifest(store: Store, plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
-    """Adds up the markers, checks the ledger, writes `manifest.json`, sweeps away what it does not name.
-
-    `about` is the job's own part (model, schema, …). Raises `LedgerError` if an item is
-    unaccounted for, and then publishes nothing.
-    """
-    markers = [store.read_json(marker_name(shard)) for shard in range(plan.shards)]
-    data = [m["data"] for m in markers if m["data"]]
-    dead = [m["dead"] for m in markers if m["dead"]]
-    reasons: Counter[str] = Counter()
-    for marker in markers:
-        reasons.update(marker["reasons"])
-    ledger = {
-        "input": plan.items,
-        "written": sum(f["rows"] for f in data),
-        "dead_lettered": sum(f["rows"] for f in dead),
-        "duplicates": sum(m["duplicates"] for m in markers),
-        "dead_by_reason": dict(sorted(reasons.items())),
-    }
-    check_ledger(ledger, plan)
-    manifest = {
-        "format": FORMAT_VERSION,
-        "job": plan.job,
-        "fingerprint": plan.fingerprint,
-        **about,
-        "source": plan.parts["source"],
-        "rows": ledger["written"],
-        "files": data,
-        "dead": dead,
-        "ledger": ledger,
-    }
-    store.write_json("manifest.json", manifest)
-    store.sweep("data", {f["name"] for f in data})
-    store.sweep("dead", {f["name"] for f in dead})
-    store.sweep("_commits", {marker_name(shard) for shard in range(plan.shards)})
-    return manifest
-
-
-def check_ledger(ledger: dict[str, Any], plan: Plan) -> None:
-    """input = written + dead-lettered + duplicates, and as many duplicates as planned."""
-    out = ledger["written"] + ledger["dead_lettered"] + ledger["duplicates"]
-    if out != plan.items or ledger["duplicates"] != plan.duplicates:
-        raise LedgerError(f"{plan.items} items in, {out} accounted for: {ledger}")
-    unknown = set(ledger["dead_by_reason"]) - set(Reason)
-    if unknown or sum(ledger["dead_by_reason"].values()) != ledger["dead_lettered"]:
-        raise LedgerError(f"dead letters do not add up: {ledger}")
-
-
-def read_manifest(store: Store, job: str) -> dict[str, Any]:
-    """The manifest of a finished `job`. Raises `StorageError` with what to do where there is none."""
-    if not store.exists("manifest.json"):
-        state = (
-            "was begun and is not finished: run it again and it goes on"
-            if store.exists("plan.json")
-            else "is none"
-        )
-        raise StorageError(f"{store.root} is not a finished {job} job; it {state}")
-    manifest = store.read_json("manifest.json")
-    if manifest.get("job") != job:
-        raise StorageError(f"{store.root} is the output of {manifest.get('job')!r}, not of {job!r}")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise StorageError(
-            f"{store.root} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}"
-        )
-    return manifest
-
-
-def read_data(store: Store, file: dict[str, Any]) -> pa.Table:
-    """One data file of a manifest, whole, after its hash is checked."""
-    data = store.read(file["name"])
-    if sha256_bytes(data) != file["sha256"]:
-        raise StorageError(
-            f"{store.path(file['name'])} is damaged: its sha256 is not the manifest's; run the job anew"
-        )
-    return pq.read_table(pa.BufferReader(data), use_threads=False)

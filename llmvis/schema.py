@@ -58,6 +58,7 @@ LISTING = pa.schema(
         ("mtime_ns", pa.int64()),
         ("caption", pa.string()),
         ("caption_locator", pa.binary()),  # a caption that lies in a file of its own
+        ("caption_mtime_ns", pa.int64()),
         ("reason", pa.string()),  # not null: the listing itself found the item bad
         ("detail", pa.string()),
     ]
@@ -82,7 +83,7 @@ def encoded(dim: int, user_columns: list[pa.Field]) -> pa.Schema:
     )
 
 
-RESERVED = frozenset(LISTING.names) | frozenset(encoded(1, []).names)
+RESERVED = frozenset(LISTING.names) | frozenset(encoded(1, []).names) | {"rank", "score"}
 """Names that a user's column cannot have; it is carried as `source_<name>`."""
 
 
@@ -101,3 +102,8 @@ class ItemError(ValueError):
 
     def __reduce__(self) -> tuple[type[ItemError], tuple[Reason, str]]:
         return type(self), (self.reason, self.detail)
+
+
+def printable(text: str) -> str:
+    """Foreign text as it may go to a terminal: control characters and lone surrogates are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

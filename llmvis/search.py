@@ -7,13 +7,13 @@ the index's own reader opens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from llmvis.images import decode
 from llmvis.index import FlatIndex
@@ -56,9 +56,10 @@ class Hit:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able; the user's columns lie beside ours."""
+        """The user's columns lie beside ours; what JSON does not know becomes text, NaN null."""
         own = ("rank", "id", "score", "path", "caption", "width", "height")
-        return {name: getattr(self, name) for name in own} | self.columns
+        ours = {name: getattr(self, name) for name in own}
+        return ours | {name: _plain(value) for name, value in self.columns.items() if name not in ours}
 
 
 def query_vector(query: Query, encoder: Encoder) -> F32:
@@ -109,25 +110,25 @@ def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:
     ]
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
 def _hit(rank: int, score: float, row: dict[str, Any], source: dict[str, Any]) -> Hit:
     own = {name: row.pop(name) for name in ("id", "caption", "width", "height", "locator")}
     row.pop("caption_truncated")
-    root = source.get("image_root", source["root"]) if source.get("image_kind") == "path" else source["root"]
-    path = str(Path(root) / row.pop("path"))
+    path = str(Path(source["shown_root"]) / row.pop("path"))
     return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
 
 
 def pictures(index: FlatIndex, hits: list[Hit]) -> list[bytes | None]:
     """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
     reader = open_reader(index.manifest["source"])
-    return [
-        None if isinstance(data, ItemError) else data for hit in hits for data in reader.read([hit.locator])
-    ]
-
-
-def picture(data: bytes | None) -> Image.Image | None:
-    """The decoded picture, or None where it cannot be shown."""
-    try:
-        return None if data is None else decode(data).image
-    except ItemError:
-        return None
+    found = reader.read([hit.locator for hit in hits])
+    return [None if isinstance(data, ItemError) else data for data in found]

@@ -49,6 +49,12 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     Raises `StorageError` for any other scheme.
     """
     text = os.fspath(uri)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StorageError(
+            f"{text!r} is not UTF-8; name the folder through a link with a plain name"
+        ) from None
     scheme, mark, rest = text.partition("://")
     if not mark:
         return Path(text).expanduser().absolute()
@@ -186,9 +192,10 @@ def _sync_folder(path: Path) -> None:
 def verify(path: Path, sha256: str) -> None:
     """Raises `StorageError` unless the file at `path` has this sha256."""
     if not path.is_file():
-        raise StorageError(f"{path} is missing")
+        raise StorageError(f"{path} is missing; run the job that made it again, and it is made anew")
     found = sha256_file(path)
     if found != sha256:
         raise StorageError(
-            f"{path} is damaged: sha256 {found[:12]}… where the manifest says {sha256[:12]}…; make it anew"
+            f"{path} is damaged: sha256 {found[:12]}… "
+            f"where the manifest says {sha256[:12]}…; delete it and run the job that made it again"
         )

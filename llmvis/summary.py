@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmvis.plan import Plan, marker_name
+from llmvis.ledger import marker_name
+from llmvis.plan import Plan
 from llmvis.storage import Store
 
 STAGES = ("list", "read", "decode", "model", "write")
@@ -23,9 +24,7 @@ def job_report(
     seconds = {stage: sum(m["seconds"].get(stage, 0.0) for m in markers) for stage in STAGES}
     seconds["list"] = list_s
     items = sum(m["items"] for m in markers)
-    span = max((m["seconds"]["ended"] for m in markers), default=0.0) - min(
-        (m["seconds"]["started"] for m in markers), default=0.0
-    )
+    span = max((m["ended"] for m in markers), default=0.0) - min((m["started"] for m in markers), default=0.0)
     return {
         "job": plan.job,
         "ledger": manifest["ledger"],

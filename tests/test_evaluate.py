@@ -48,7 +48,7 @@ def test_pools_controls_and_top_level_keys(monkeypatch: pytest.MonkeyPatch, tmp_
     )
     assert result["splits"]["ja"]["r_at_10"] < 5.0  # the oracle knows no Japanese
     assert result["controls"]["shuffled"]["r_at_10"] < 10.0
-    assert set(result["skipped"]) == {"mixed", "authors"}
+    assert set(result["skipped"]) == {"mixed", "emoji_clipart", "authors"}
 
 
 def test_random_control_is_exact() -> None:
@@ -58,8 +58,15 @@ def test_random_control_is_exact() -> None:
 
 def test_shuffled_control_of_a_perfect_encoder_is_near_chance() -> None:
     rows = np.eye(200)
-    assert score(rows, rows)["r_at_1"] == 100.0
+    assert score(rows, rows, [str(i) for i in range(200)])["r_at_1"] == 100.0
     assert shuffled_control(rows, rows)["r_at_1"] < 2.0
+
+
+def test_a_picture_with_the_same_caption_is_no_wrong_answer() -> None:
+    images = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    texts = np.array([[1.0, 0.1], [1.0, 0.1], [0.0, 1.0]])
+    assert score(texts, images, ["dog", "Dog", "cat"])["r_at_1"] == 100.0
+    assert score(texts, images, ["dog", "hound", "cat"])["r_at_1"] < 100.0
 
 
 def test_an_unknown_language_is_refused() -> None:
@@ -91,7 +98,7 @@ def test_the_command_writes_figures_of_the_shipped_model(tmp_path: Path) -> None
     assert run.returncode == 0, run.stderr
     assert "mixed: left out" in run.stdout
     told = json.loads(file.read_text())
-    assert told["r_at_10"] >= 63.0
+    assert told["r_at_10"] >= 60.0
     assert 180 <= told["pool"] <= 200
     assert told["splits"]["de"]["r_at_10"] > 50.0
     assert told["controls"]["random"]["r_at_10"] < 6.0 and told["controls"]["shuffled"]["r_at_10"] < 15.0

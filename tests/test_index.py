@@ -101,9 +101,10 @@ def test_a_question_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "good", unit(40)).close()
     rng = random.Random(0)
-    files = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good").rglob("*") if p.is_file()]
-    files = [f for f in files if f.name != ".lock"]
-    for trial in range(60):
+    found = [p.relative_to(tmp_path / "good") for p in (tmp_path / "good").rglob("*") if p.is_file()]
+    files = sorted(f for f in found if f.name != ".lock")
+    assert len(files) == 4
+    for trial in range(80):
         bad = tmp_path / f"bad{trial}"
         shutil.copytree(tmp_path / "good", bad)
         victim = bad / files[trial % len(files)]
@@ -114,12 +115,31 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
             open_index(str(bad), MODEL["fingerprint"])
 
 
+def test_every_bit_of_current_counts(tmp_path: Path) -> None:
+    make(tmp_path, unit(4)).close()
+    good = (tmp_path / "CURRENT").read_bytes()
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "CURRENT").write_bytes(bytes(bad))
+        with pytest.raises(StorageError):
+            open_index(str(tmp_path))
+
+
 def test_a_new_build_takes_over_and_an_open_reader_keeps_the_old_one(tmp_path: Path) -> None:
     old = make(tmp_path, unit(5))
     new = make(tmp_path, unit(8))
     assert (old.rows, new.rows) == (5, 8)
     assert old.search(unit(1), 5)[1].shape == (1, 5)
     assert (tmp_path / "CURRENT").read_text().startswith("000002 ")
+
+
+def test_only_the_last_two_versions_are_kept(tmp_path: Path) -> None:
+    for rows in (3, 4, 5, 6):
+        make(tmp_path, unit(rows)).close()
+    kept = sorted(p.name for p in (tmp_path / "manifests").iterdir())
+    assert kept == ["000003.json", "000004.json"]
+    assert {p.name[:6] for p in (tmp_path / "shards").iterdir()} == {"000003", "000004"}
 
 
 def test_a_build_that_fails_leaves_the_old_version_in_force(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # from the bottom; a module may import from its own layer and those before it
     {"config", "schema", "storage", "formats"},
-    {"sources", "data", "images", "plan", "losses", "metrics", "summary", "index", "weights"},
+    {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"},
     {"models"},
     {"encode", "search", "augment", "align_data", "training", "evaluation", "report", "entry"},
     {"cluster"},

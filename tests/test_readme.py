@@ -52,6 +52,10 @@ def test_what_the_readme_points_to_is_there(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_no_output_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
 def test_make_knows_the_two_commands() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import tiny
 from PIL import Image
 
+from llmvis.images import decode
 from llmvis.index import FlatIndex, IndexInfo, build, open_index
-from llmvis.plan import read_data, read_manifest
-from llmvis.search import Query, QueryError, picture, pictures, query_vector, search
+from llmvis.ledger import read_data, read_manifest
+from llmvis.search import Hit, Query, QueryError, pictures, query_vector, search
 from llmvis.storage import Store
 
 ENCODER = tiny.TinyEncoder()
@@ -48,8 +51,8 @@ def test_a_text_finds_its_picture_and_hits_say_all_about_it(index: FlatIndex) ->
     assert hits[0].score == pytest.approx(1, abs=1e-2)
     assert Path(hits[1].path).name == "nearly red.png"
     assert list(hits[0].to_json()) == ["rank", "id", "score", "path", "caption", "width", "height"]
-    opened = picture(pictures(index, hits)[0])
-    assert opened is not None and opened.getpixel((0, 0)) == (255, 0, 0)
+    data = pictures(index, hits)[0]
+    assert data is not None and decode(data).image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_picture_finds_itself(index: FlatIndex) -> None:
@@ -86,3 +89,19 @@ def test_a_query_vector_is_unit_length() -> None:
     vector = query_vector(Query(text="red", avoid=("blue", "green")), ENCODER)
     assert vector.shape == (1, tiny.INFO.dim)
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_users_columns_do_not_hide_ours_and_are_json() -> None:
+    columns = {
+        "score": 97,
+        "rank": 7,
+        "value": float("nan"),
+        "when": datetime.date(2026, 1, 2),
+        "more": [1.5, None],
+    }
+    hit = Hit(
+        rank=1, id="a", score=0.5, path="p", caption=None, width=1, height=1, locator=b"", columns=columns
+    )
+    said = json.loads(json.dumps(hit.to_json(), allow_nan=False))
+    assert (said["rank"], said["score"]) == (1, 0.5)
+    assert (said["value"], said["when"], said["more"]) == (None, "2026-01-02", [1.5, None])

@@ -129,6 +129,56 @@ def test_an_imagefolder_brings_captions_and_columns(tmp_path: Path, ending: str)
     ]
 
 
+def test_the_folders_of_an_imagefolder_have_their_own_tables(tmp_path: Path) -> None:
+    files(tmp_path, "train/00.jpg", "test/a.jpg", "test/b.jpg")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,caption,stars\n00.jpg,007,1\n")
+    (tmp_path / "test" / "metadata.jsonl").write_text(
+        '{"file_name": "a.jpg", "caption": "2020-01-01", "stars": 2}'
+    )
+    found = [(r["path"], r["caption"], r["stars"]) for r in rows(tmp_path)]
+    assert found == [("test/a.jpg", "2020-01-01", 2), ("test/b.jpg", None, None), ("train/00.jpg", "007", 1)]
+
+
+def test_a_link_in_an_imagefolder_keeps_its_own_row(tmp_path: Path) -> None:
+    files(tmp_path, "store/a.jpg")
+    (tmp_path / "b.jpg").symlink_to("store/a.jpg")
+    (tmp_path / "metadata.csv").write_text('file_name,text\nb.jpg,"two\nlines"\n')
+    found = [(r["path"], r["caption"], r["reason"]) for r in rows(tmp_path)]
+    assert found == [("store/a.jpg", "two\nlines", None), ("store/a.jpg", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("column", "captions"),
+    [
+        (pa.array([["a", "b"], [], None]), ["a", None, None]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.array([b"a", b"\xff", None], pa.binary()), ["a", "\ufffd", None]),
+        (pa.array([1, 2, None]), ["1", "2", None]),
+    ],
+)
+def test_captions_of_any_plain_kind(tmp_path: Path, column: pa.Array, captions: list[str | None]) -> None:
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "note": column}), tmp_path / "x.parquet")
+    assert [r["caption"] for r in rows(tmp_path / "x.parquet", caption_column="note")] == captions
+
+
+def test_a_number_is_no_caption_unless_asked_for(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1"], "label": [3]}), tmp_path / "x.parquet")
+    (row,) = rows(tmp_path / "x.parquet")
+    assert (row["caption"], row["label"]) == (None, 3)
+
+
+def test_a_downloaded_data_set_with_a_cache_folder_is_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "x.parquet")
+    files(tmp_path, ".cache/huggingface/x.parquet.metadata", "README.md")
+    assert contents(tmp_path) == [b"1"]
+
+
+def test_parquet_flags_on_a_folder_of_pictures_are_refused(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg", "t.parquet")
+    with pytest.raises(SourceError, match=r"give the \.parquet file itself"):
+        rows(tmp_path, image_column="path")
+
+
 def test_parquet_bytes_structs_and_paths(tmp_path: Path) -> None:
     files(tmp_path, "pics/a.jpg")
     structs = pa.StructArray.from_arrays(
@@ -168,7 +218,7 @@ def test_a_changed_table_is_not_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "0.parquet")
     description = open_source(str(tmp_path)).describe()
     pq.write_table(pa.table({"image": [b"3", b"4", b"5"]}), tmp_path / "0.parquet")
-    found = list(open_reader(description).read([b"0:0:0", b"0:0:1"]))
+    found = list(open_reader(description).read([b"0:0:0", b"0:0:1"], [(None, None)] * 2))
     assert [f.reason for f in found if isinstance(f, ItemError)] == [Reason.CHANGED] * 2
 
 
@@ -187,6 +237,11 @@ def test_what_is_no_collection_is_refused_with_words(tmp_path: Path, make: Any, 
 
 
 def test_a_users_columns_keep_their_names_unless_taken() -> None:
-    assert sources_base.carried(pa.field("stars", pa.int8())).name == "stars"
-    assert sources_base.carried(pa.field("id", pa.string())).name == "source_id"
+    fields = [pa.field(name, pa.int8(), nullable=False) for name in ("stars", "id", "source_id", "score")]
+    carried = sources_base.carried(fields, "x")
+    assert [f.name for f in carried] == ["stars", "source_source_id", "source_id", "source_score"]
+    assert all(f.nullable for f in carried)
+    with pytest.raises(SourceError, match="two columns called 'a'"):
+        sources_base.carried([pa.field("a", pa.int8())] * 2, "x")
+    assert not sources_base.can_carry(pa.struct([]))
     assert not sources_base.can_carry(pa.struct([("bytes", pa.binary())]))

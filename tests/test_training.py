@@ -152,8 +152,7 @@ def test_views_are_fixed_and_differ() -> None:
 
 @pytest.fixture
 def nothing_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("LLMVIS_OPENCLIPART", "LLMVIS_OPENMOJI"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LLMVIS_OPENCLIPART", raising=False)
     monkeypatch.setenv("LLMVIS_CACHE", str(tmp_path / "cache"))
     return tmp_path
 

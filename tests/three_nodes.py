@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import tiny
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 
 from llmvis.storage import Store
 
@@ -28,19 +29,24 @@ def main(images: str, out: str) -> None:
     cluster = Cluster(
         initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "_system_config": quick}
     )
-    cluster.add_node(num_cpus=1)
-    victim = cluster.add_node(num_cpus=1)
+    workers = {node.node_id: node for node in [cluster.add_node(num_cpus=1) for _ in range(2)]}
     cluster.wait_for_nodes()
     before = alive()
     seen: dict[str, Any] = {}
 
     def remove() -> None:
-        while len(Store(out).names("_commits")) < 4:
+        until = time.monotonic() + 120
+        while len(Store(out).names("_commits")) < 4 and time.monotonic() < until:
             time.sleep(0.01)
+        models = [
+            a.node_id for a in list_actors(filters=[("state", "=", "ALIVE")]) if "_Actor)" in a.class_name
+        ]
+        victim = next(workers[node_id] for node_id in models if node_id in workers)
+        seen["on_victim"] = models.count(victim.node_id)
         seen["commits_at_removal"] = len(Store(out).names("_commits"))
         cluster.remove_node(victim, allow_graceful=False)
 
-    remover = threading.Thread(target=remove)
+    remover = threading.Thread(target=remove, daemon=True)
     remover.start()
     tiny.run(images, out)
     remover.join()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,22 +21,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
 from tqdm import tqdm
 
 from llmvis.cluster.session import resources
-from llmvis.plan import (
-    DUPLICATE,
-    Plan,
-    adopt,
-    committed,
-    dead_row,
-    publish_manifest,
-    publish_shard,
-    read_shard,
-)
+from llmvis.ledger import committed, dead_row, publish_manifest, publish_shard
+from llmvis.plan import DUPLICATE, Plan, adopt, read_shard
 from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
 from llmvis.sources import Source
 from llmvis.storage import Store
@@ -77,39 +72,34 @@ class Mapping:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """How a job uses the cluster. None: as many actors as there are GPUs, else CPUs."""
+    """How a job uses the cluster. None: as many actors as there are GPUs, else CPUs, at its start."""
 
     actors: int | None = None
     gpus_per_actor: float | None = None
     shard_items: int = 256
 
 
-class PoolError(UserError):
-    """Actors that the cluster has no room for."""
+ACTOR_CPUS, PREPARE_CPUS, COMMIT_CPUS = 0.5, 0.4, 0.1
+"""What each asks for. Less than a CPU, so that on CPUs alone actors and decode tasks share
+the cores: whichever is the bottleneck finds them free, since the other waits for it. All
+differ, so that Ray Data does not fuse two stages into one."""
+
+TRIES = 3
+"""Further tries for a task whose worker died, before the job gives up."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """A pool fitted to a cluster."""
+class JobError(UserError):
+    """A job that cannot be finished as things are; the message says what to do."""
 
-    actors: int
-    gpus: float
-    cpus: float  # that one actor asks for
-    task_cpus: float
-    commit_cpus: float
 
-    @classmethod
-    def fit(cls, pool: Pool, cpus: int, gpus: float, shards: int) -> Placement:
-        """On CPUs, actors and decode tasks ask for half a CPU each: whichever is the
-        bottleneck then finds free cores, since the other waits. An actor on a GPU gets
-        one whole GPU unless told otherwise.
-        """
-        share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
-        if share > gpus:
-            raise PoolError(f"an actor wants {share:g} GPU, the cluster has {gpus:g}; set --gpus-per-actor 0")
-        most = int(gpus / share) if share else cpus
-        actors = min(pool.actors or most, most, max(1, shards))
-        return cls(actors=actors, gpus=share, cpus=0.5, task_cpus=0.4, commit_cpus=0.1)
+def fit(pool: Pool, cpus: int, gpus: float, shards: int) -> tuple[int, float]:
+    """The number of actors and the GPUs of each, for a cluster with these resources.
+
+    What is asked for is taken as it is, since a cluster that scales has few nodes at first.
+    """
+    share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
+    actors = pool.actors or (max(1, int(gpus / share)) if share else cpus)
+    return max(1, min(actors, shards)), share
 
 
 def run_job(
@@ -135,10 +125,10 @@ def run_job(
             store, job=mapping.job, source=source, settings=mapping.settings, shard_items=pool.shard_items
         )
         listed = time.perf_counter() - begun
-        if store.exists("manifest.json") and store.exists("report.json"):
+        done = committed(store)
+        if len(done) == plan.shards and store.exists("manifest.json") and store.exists("report.json"):
             return {**store.read_json("report.json"), "already_done": True}
         announce(plan)
-        done = committed(store)
         todo = [shard for shard in range(plan.shards) if shard not in done]
         if todo:
             _run_shards(mapping, store, source, plan, pool, todo, quiet)
@@ -155,7 +145,7 @@ def _run_shards(
 ) -> None:
     """Streams the shards of `todo` through the stages; the driver sees one small row a shard."""
     cpus, gpus = resources()
-    place = Placement.fit(pool, cpus, gpus, len(todo))
+    actors, share = fit(pool, cpus, gpus, len(todo))
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -163,11 +153,11 @@ def _run_shards(
     sizes = {shard: min(plan.shard_items, plan.items - shard * plan.shard_items) for shard in todo}
     with _progress(plan, plan.items - sum(sizes.values()), quiet) as bar:
         for at in range(0, len(todo), WAVE_SHARDS):
-            for shard in _wave(mapping, str(store.root), todo[at : at + WAVE_SHARDS], place):
+            for shard in _wave(mapping, str(store.root), todo[at : at + WAVE_SHARDS], actors, share):
                 bar.update(sizes[shard])
 
 
-def _wave(mapping: Mapping, out: str, shards: list[int], place: Placement) -> Iterator[int]:
+def _wave(mapping: Mapping, out: str, shards: list[int], actors: int, gpus: float) -> Iterator[int]:
     """Does `shards`, one Ray row each, and gives the number of each as it is committed."""
     prepare: Any = _prepare  # Ray's types know functions of one argument only
     commit: Any = _commit
@@ -175,17 +165,34 @@ def _wave(mapping: Mapping, out: str, shards: list[int], place: Placement) -> It
     rows: ray.data.Dataset = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
     )
-    rows = rows.map(prepare, fn_kwargs={"out": out, "prepare": mapping.prepare}, num_cpus=place.task_cpus)
-    rows = rows.map(
-        actor,
-        fn_constructor_kwargs={"load": mapping.load},
-        compute=ActorPoolStrategy(size=place.actors),
-        num_cpus=place.cpus,
-        num_gpus=place.gpus or None,
-    )
-    rows = rows.map(commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=place.commit_cpus)
-    for row in rows.iter_rows():
-        yield row["shard"]
+    with warnings.catch_warnings():  # the only way to bound retries; Ray takes it away in 2.64
+        warnings.simplefilter("ignore", DeprecationWarning)
+        rows = rows.map(
+            prepare,
+            fn_kwargs={"out": out, "prepare": mapping.prepare},
+            num_cpus=PREPARE_CPUS,
+            max_retries=TRIES,
+        )
+        rows = rows.map(
+            actor,
+            fn_constructor_kwargs={"load": mapping.load},
+            compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+            num_cpus=ACTOR_CPUS,
+            num_gpus=gpus or None,
+            max_task_retries=TRIES,
+        )
+        rows = rows.map(
+            commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=COMMIT_CPUS, max_retries=TRIES
+        )
+    try:
+        for row in rows.iter_rows():
+            yield row["shard"]
+    except (WorkerCrashedError, ActorDiedError, ActorUnavailableError) as error:
+        raise JobError(
+            f"a worker died {1 + TRIES} times over one shard, or could not be started. What is committed stays; "
+            f"run the job again to go on. If it fails at the same place, one picture kills the decoder or the "
+            f"model: find it with smaller --shard-items in a new --out. Ray says: {str(error)[-500:]}"
+        ) from error
 
 
 def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
@@ -253,15 +260,12 @@ class _Actor:
 def _commit(row: Row, out: str, schema: pa.Schema) -> Row:
     """Stage 3, a task: publishes the shard's files and its marker."""
     head = json.loads(row["head"])
-    begun = time.perf_counter()
     rows = from_bytes(row["rows"])
     rows = rows.select(schema.names).cast(schema) if rows.num_rows else schema.empty_table()
     dead = pa.Table.from_pylist(head["dead"], DEAD_LETTER)
-    seconds = {**head["seconds"], "write": time.perf_counter() - begun}
-    seconds |= {"started": head["started"], "ended": time.time()}
     publish_shard(
         Store(out), head["shard"], rows, dead,
-        items=head["items"], duplicates=head["duplicates"], seconds=seconds,
+        items=head["items"], duplicates=head["duplicates"], seconds=head["seconds"], started=head["started"],
     )  # fmt: skip
     return {"shard": head["shard"]}
 

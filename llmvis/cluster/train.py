@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -36,7 +37,7 @@ from llmvis.align_data import (
     training_rows,
     trunk_features,
 )
-from llmvis.data.drawings import fetch_openmoji, find_openmoji
+from llmvis.data.drawings import FLUENT, OPENMOJI, fetch_drawings, find_drawings
 from llmvis.data.openclipart import cache_folder, fetch_openclipart, find_openclipart
 from llmvis.losses import Gather, alone
 from llmvis.models.convert import initial_model
@@ -75,9 +76,11 @@ class TrainConfig:
     openclipart: str | None = None
     """Folder of the unpacked Debian packages openclipart-png, -svg; default: $LLMVIS_OPENCLIPART, cache."""
     openmoji: str | None = None
-    """Folder of the unpacked npm package openmoji; default: $LLMVIS_OPENMOJI or the cache."""
+    """Folder of the unpacked npm package openmoji; default: the cache."""
+    fluent: str | None = None
+    """Folder of the unpacked npm package @iconify-json/fluent-emoji-flat; default: the cache."""
     download: bool = False
-    """Fetch openclipart (156 MB) and OpenMoji (4 MB) from Debian and npm if they are not at hand."""
+    """Fetch openclipart (156 MB), OpenMoji (4 MB), Fluent (1 MB) from Debian and npm if they are not at hand."""
     language_model: str = PACKAGED
     """"packaged" (MiniLM), a folder, or a Hugging Face name of an encoder language model."""
     image_size: int = 224
@@ -143,14 +146,17 @@ def _train_seed(config: TrainConfig, out: Path) -> Path:
 
 def _prepare(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Find the data, refuse a run name that is taken, write `run.json`; returns the workers' settings."""
-    clipart, openmoji = find_openclipart(config.openclipart), find_openmoji(config.openmoji)
-    if config.download:
-        clipart, openmoji = clipart or fetch_openclipart(), openmoji or fetch_openmoji()
-    settings = asdict(config) | {
-        "out": str(out),
-        "openclipart": clipart and str(clipart.resolve()),
-        "openmoji": openmoji and str(openmoji.resolve()),
+    sources = {
+        "openclipart": find_openclipart(config.openclipart),
+        "openmoji": find_drawings(OPENMOJI, config.openmoji),
+        "fluent": find_drawings(FLUENT, config.fluent),
     }
+    if config.download:
+        sources["openclipart"] = sources["openclipart"] or fetch_openclipart()
+        sources["openmoji"] = sources["openmoji"] or fetch_drawings(OPENMOJI)
+        sources["fluent"] = sources["fluent"] or fetch_drawings(FLUENT)
+    found = {name: folder and str(folder.resolve()) for name, folder in sources.items()}
+    settings = asdict(config) | found | {"out": str(out)}
     wanted = {name: value for name, value in settings.items() if name != "download"}
     run_file = out / "run.json"
     if run_file.exists():
@@ -194,7 +200,7 @@ def _align_worker(settings: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as state:
             aligner.load(Path(state))
-    validation = bank.where("validation")
+    validation = np.concatenate([bank.where("validation", source) for source in ("emoji", "openclipart")])
     while not aligner.progress.is_over(config):
         metrics = aligner.fit_epoch(validation)
         if rank > 0:
@@ -211,7 +217,8 @@ def _bank(
     settings: dict[str, Any], model: TwoTower, text_encoder: TextEncoder, rank: int, world: int
 ) -> Bank:
     """Rows, features (from the cache of this machine where every worker has them) and text embeddings."""
-    rows = load_rows(*(Path(p) if (p := settings[name]) else None for name in ("openclipart", "openmoji")))
+    sources = (settings[name] for name in ("openclipart", "openmoji", "fluent"))
+    rows = load_rows(*(Path(folder) if folder else None for folder in sources))
     if settings["max_rows"]:
         # every k-th row, so that all splits and sources stay
         rows = rows[:: max(1, len(rows) // settings["max_rows"])]

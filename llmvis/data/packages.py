@@ -83,7 +83,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 def unpack(package: Package, folder: Path) -> Path:
     """Fetch and unpack once; return the folder with the package's tree (`usr/…` or `package/…`)."""
-    tree = folder / "unpacked" / f"{package.name}-{package.sha256[:8]}"
+    tree = folder / "unpacked" / f"{package.name.replace('/', '-')}-{package.sha256[:8]}"
     if tree.is_dir():
         return tree
     archive = fetch(package, folder)

@@ -39,16 +39,28 @@ class SourceOptions:
     """Parquet with a path column: the folder that relative paths start from and none may leave."""
 
 
+Stat = tuple[int | None, int | None]
+"""Size in bytes and mtime in nanoseconds; None where it is not known."""
+
+
 class Reader(Protocol):
     """Opens items; small and picklable, so that it can travel to any node."""
 
     def read(
-        self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
+        self,
+        locators: Sequence[bytes],
+        stats: Sequence[Stat] | None = None,
+        max_bytes: int | None = None,
     ) -> Iterator[bytes | ItemError]:
-        """For each locator its bytes, or why there are none, in order.
+        """For each locator, none twice, its bytes, or why there are none, in order.
 
-        `stats` are (size, mtime_ns) as the plan saw them: a file that differs is an error.
+        `stats` are as the plan saw them: a file that differs is an error. A file of more than
+        `max_bytes` is not read.
         """
+        ...
+
+    def read_caption(self, locator: bytes) -> str | None:
+        """The beginning of a caption's own file; None where it cannot be read."""
         ...
 
 
@@ -58,7 +70,10 @@ class Source(Protocol):
     user_columns: list[pa.Field]
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: kind, root and settings; part of the fingerprint, and what `open_reader` takes."""
+        """JSON-able: kind, root and settings; part of the fingerprint, and what `open_reader` takes.
+
+        `shown_root` before an item's `path` is where people find it.
+        """
         ...
 
     def notes(self) -> list[str]:
@@ -70,24 +85,68 @@ class Source(Protocol):
         ...
 
 
-def pick_caption(names: Sequence[str], asked: str | None, where: str) -> str | None:
-    """The caption column among `names`. Raises `SourceError` if the asked-for one is not there."""
+def pick_caption(fields: Sequence[pa.Field], asked: str | None, where: str) -> str | None:
+    """The caption column among `fields`: the one asked for, or the first usual name that holds text.
+
+    Raises `SourceError` if the asked-for one is not there.
+    """
+    kinds = {field.name: field.type for field in fields}
     if asked is not None:
-        if asked not in names:
-            raise SourceError(f"{where} has no column {asked!r}; it has: {', '.join(names)}")
+        if asked not in kinds:
+            raise SourceError(f"{where} has no column {asked!r}; it has: {', '.join(kinds)}")
         return asked
-    return next((name for name in CAPTION_COLUMNS if name in names), None)
+    return next((name for name in CAPTION_COLUMNS if name in kinds and _is_text(kinds[name])), None)
 
 
-def carried(field: pa.Field) -> pa.Field:
-    """The field under which a user's column is carried along."""
-    return field.with_name(f"source_{field.name}") if field.name in RESERVED else field
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def captions(column: pa.Array | pa.ChunkedArray, where: str) -> list[str | None]:
+    """A column as captions: text as it is, the first of a list, anything else plain in words.
+
+    Raises `SourceError` for nested values that are no list.
+    """
+    found: list[str | None] = []
+    for value in column.to_pylist():
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        if isinstance(value, dict | list):
+            raise SourceError(
+                f"{where} holds {column.type}, which is no caption; name another --caption-column"
+            )
+        found.append(None if value is None else str(value))
+    return found
+
+
+def carried(fields: Sequence[pa.Field], where: str) -> list[pa.Field]:
+    """The fields under which a user's columns are carried along, each name once and none of ours.
+
+    Raises `SourceError` where two columns have one name.
+    """
+    names = [field.name for field in fields]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SourceError(f"{where} has two columns called {sorted(twice)[0]!r}; rename one")
+    taken = RESERVED | set(names)
+    found = []
+    for field in fields:
+        name = field.name
+        while name in (RESERVED if name == field.name else taken):
+            name = f"source_{name}"
+        taken = taken | {name}
+        found.append(field.with_name(name).with_nullable(True))
+    return found
 
 
 def can_carry(kind: pa.DataType) -> bool:
     """Whether a user's column goes along into the output: all but raw bytes, alone or inside structs."""
     if pa.types.is_struct(kind):
-        return all(can_carry(kind.field(i).type) for i in range(kind.num_fields))
+        return kind.num_fields > 0 and all(can_carry(kind.field(i).type) for i in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return can_carry(kind.value_type)
     return not (
@@ -118,12 +177,15 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-def read_file(path: bytes | Path, size: int | None = None, mtime_ns: int | None = None) -> bytes:
-    """The bytes of a regular file, or an `ItemError` that says why not.
+def read_file(
+    path: bytes | Path, stat_then: Stat = (None, None), *, max_bytes: int | None = None, head: int = -1
+) -> bytes:
+    """The bytes of a regular file (the first `head` of them), or an `ItemError` that says why not.
 
-    Never follows a link in the last place, never blocks on a pipe; where `size` or
-    `mtime_ns` is given, a file that differs has changed since the plan.
+    Never follows a link in the last place, never blocks on a pipe, never reads a file of
+    more than `max_bytes`; a file that differs from `stat_then` has changed since the plan.
     """
+    size, mtime_ns = stat_then
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -136,8 +198,10 @@ def read_file(path: bytes | Path, size: int | None = None, mtime_ns: int | None 
             mtime_ns is not None and found.st_mtime_ns != mtime_ns
         ):
             raise ItemError(Reason.CHANGED, f"was {size} bytes when the job was planned, is {found.st_size}")
+        if max_bytes is not None and found.st_size > max_bytes:
+            raise ItemError(Reason.TOO_LARGE, f"{found.st_size} bytes, the cap is {max_bytes}")
         try:
-            return file.read()
+            return file.read(head)
         except OSError as error:
             raise ItemError(Reason.UNREADABLE, error.strerror or str(error)) from error
 

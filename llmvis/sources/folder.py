@@ -7,6 +7,8 @@ files; what is no picture is found out when it is decoded.
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,15 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from llmvis.schema import ItemError, Reason, item_id
+from llmvis.schema import MAX_CAPTION, ItemError, Reason, item_id
 from llmvis.sources.base import (
+    CAPTION_COLUMNS,
     LISTING_CHUNK,
     SourceError,
     SourceOptions,
+    Stat,
     can_carry,
+    captions,
     carried,
     inside,
     listing_table,
@@ -43,19 +48,25 @@ class FolderSource:
 
     def __init__(self, root: Path, options: SourceOptions) -> None:
         self.root = root
-        self._metadata_file = next((root / name for name in METADATA if (root / name).is_file()), None)
+        self._metadata_files = _metadata_files(root)
         self._metadata: pa.Table | None = None
         self._caption: str | None = None
         self.user_columns: list[pa.Field] = []
         self._ignored: Counter[str] = Counter()
-        if self._metadata_file:
-            self._open_metadata(self._metadata_file, options)
+        if options.image_column or options.id_column or options.image_root:
+            raise SourceError(
+                f"{root} is a folder of pictures; --image-column, --id-column and --image-root are for Parquet: "
+                "give the .parquet file itself"
+            )
+        if self._metadata_files:
+            self._open_metadata(options)
         elif options.caption_column:
             raise SourceError(f"{root} has no metadata.jsonl or metadata.csv to take --caption-column from")
 
     def describe(self) -> dict[str, Any]:
-        kind = "imagefolder" if self._metadata_file else "folder"
-        return {"kind": kind, "root": str(self.root), "caption_column": self._caption}
+        kind = "imagefolder" if self._metadata_files else "folder"
+        root = str(self.root)
+        return {"kind": kind, "root": root, "shown_root": root, "caption_column": self._caption}
 
     def notes(self) -> list[str]:
         """Files that are not items, by ending."""
@@ -71,10 +82,11 @@ class FolderSource:
         rows_of, unsafe = self._metadata_rows()
         yield from self._with_metadata(self._walk(), rows_of)
         for name, rows in sorted(rows_of.items()):
-            missing = _bad(name, Reason.MISSING, f"named in {self._metadata_file}, but not there")
+            missing = _bad(name, Reason.MISSING, "named in the metadata, but not there (or hidden)")
             yield from self._with_metadata(iter([missing]), {name: rows})
         for row, error in unsafe:
-            name = str(self._metadata["file_name"][row].as_py()).encode()
+            value = self._metadata["file_name"][row].as_py()
+            name = str(value).encode() if value else b"\0row %d" % row  # no file can have that name
             item = _bad(name, error.reason, error.detail)
             yield from self._with_metadata(iter([item]), {name: [row]})
 
@@ -91,43 +103,48 @@ class FolderSource:
                     with os.scandir(path) as entries:
                         found = [e.name + (b"/" if e.is_dir(follow_symlinks=False) else b"") for e in entries]
                 except OSError as error:
-                    yield _bad(name or b".", Reason.UNREADABLE, f"folder: {error.strerror}")
+                    if not name:
+                        raise SourceError(f"{self.root} cannot be read: {error.strerror}") from error
+                    yield _bad(name, Reason.UNREADABLE, f"folder: {error.strerror}")
                     continue
                 for child in sorted(found, reverse=True):
-                    if self._is_item(child, at_root=not name):
+                    if self._is_item(child):
                         pending.append(name + child)
                 continue
             yield _file(path, name, real_root)
 
-    def _is_item(self, child: bytes, at_root: bool) -> bool:
+    def _is_item(self, child: bytes) -> bool:
         if child.startswith(b"."):
             self._ignored["hidden"] += 1
             return False
         ending = os.path.splitext(child)[1].lower()
         if ending in SIDECARS:
-            if ending != b".txt" and not (at_root and os.fsdecode(child) in METADATA):
+            if ending != b".txt" and os.fsdecode(child) not in METADATA:
                 self._ignored[ending.decode()] += 1
             return False
         return child not in (b"Thumbs.db", b"desktop.ini")
 
-    def _open_metadata(self, path: Path, options: SourceOptions) -> None:
+    def _open_metadata(self, options: SourceOptions) -> None:
+        tables = []
+        for path in self._metadata_files:
+            table = _read_metadata(path)
+            folder = path.parent.relative_to(self.root).as_posix()
+            if folder != ".":  # names are relative to their table; here, to the root
+                at = table.schema.get_field_index("file_name")
+                names = [None if n is None else f"{folder}/{n}" for n in table["file_name"].to_pylist()]
+                table = table.set_column(at, "file_name", pa.array(names, pa.string()))
+            tables.append(table)
+        where = str(self._metadata_files[0])
         try:
-            if path.suffix == ".jsonl":
-                table = pyarrow.json.read_json(path)
-            elif path.suffix == ".csv":
-                table = pyarrow.csv.read_csv(path)
-            else:
-                table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
-        if "file_name" not in table.column_names:
-            raise SourceError(f"{path} has no column 'file_name'; it has: {', '.join(table.column_names)}")
-        others = [name for name in table.column_names if name != "file_name"]
-        self._caption = pick_caption(others, options.caption_column, str(path))
-        self._metadata = table
-        fields = [table.schema.field(n) for n in others if n != self._caption]
-        self.user_columns = [carried(f) for f in fields if can_carry(f.type)]
-        self._user_names = [f.name for f in fields if can_carry(f.type)]
+            self._metadata = pa.concat_tables(tables, promote_options="default")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SourceError(f"{where} and its like have columns that differ: {error}") from error
+        fields = [field for field in self._metadata.schema if field.name != "file_name"]
+        carried(fields, where)
+        self._caption = pick_caption(fields, options.caption_column, where)
+        fields = [f for f in fields if f.name != self._caption and can_carry(f.type)]
+        self.user_columns = carried(fields, where)
+        self._user_names = [f.name for f in fields]
 
     def _metadata_rows(self) -> tuple[dict[bytes, list[int]], list[tuple[int, ItemError]]]:
         """Rows of the metadata table by the name of their file; and the rows whose name is unsafe."""
@@ -152,14 +169,14 @@ class FolderSource:
 
         def paired() -> Iterator[dict[str, Any]]:
             for item in items:
-                for row in rows_of.pop(item["name"], [None]):
+                for row in rows_of.pop(item.get("listed", item["name"]), [None]):
                     yield {**item, "row": row}
 
         for chunk in _chunks(paired()):
             picked = self._metadata.take(pa.array([item["row"] for item in chunk], pa.int64()))
             columns = _columns(chunk)
             if self._caption:
-                columns["caption"] = picked[self._caption].cast(pa.string()).to_pylist()
+                columns["caption"] = captions(picked[self._caption], f"column {self._caption!r}")
             user = picked.select(self._user_names).rename_columns([f.name for f in self.user_columns])
             yield listing_table(columns, user)
 
@@ -171,19 +188,73 @@ class FolderReader:
         self.root = root
 
     def read(
-        self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
+        self,
+        locators: Sequence[bytes],
+        stats: Sequence[Stat] | None = None,
+        max_bytes: int | None = None,
     ) -> Iterator[bytes | ItemError]:
         root = os.fsencode(self.root)
         for index, locator in enumerate(locators):
-            size, mtime_ns = stats[index] if stats else (None, None)
             try:
-                yield read_file(os.path.join(root, locator), size, mtime_ns)
+                stat_then = stats[index] if stats else (None, None)
+                yield read_file(os.path.join(root, locator), stat_then, max_bytes=max_bytes)
             except ItemError as error:
                 yield error
 
+    def read_caption(self, locator: bytes) -> str | None:
+        path = os.path.join(os.fsencode(self.root), locator)
+        try:  # a character has at most four bytes; what is cut off in its middle is dropped
+            data = read_file(path, head=4 * MAX_CAPTION + 4)
+        except ItemError:
+            return None
+        return data.decode("utf-8-sig", "ignore" if len(data) > 4 * MAX_CAPTION else "replace").strip()
 
-def _file(path: bytes, name: bytes, real_root: bytes) -> dict[str, Any]:
-    """What the listing says of one directory entry that is no directory."""
+
+def _metadata_files(root: Path) -> list[Path]:
+    """The metadata table in `root`, else those of the folders in it (`train/metadata.csv`, …)."""
+    here = [root / name for name in METADATA if (root / name).is_file()]
+    if here:
+        return here[:1]
+    try:
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise SourceError(f"{root} cannot be read: {error.strerror}") from error
+    return [path for folder in folders for name in METADATA if (path := folder / name).is_file()]
+
+
+def _read_metadata(path: Path) -> pa.Table:
+    """A metadata table; file names and captions stay the text that they are."""
+    try:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                first = json.loads(file.readline() or b"{}")
+            text = [n for n in CAPTION_COLUMNS if isinstance(first.get(n), str)]
+            schema = pa.schema([(name, pa.string()) for name in ("file_name", *text)])
+            table = pyarrow.json.read_json(
+                path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema)
+            )
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as lines:
+                header = next(csv.reader(lines), [])
+            text = [name for name in ("file_name", *CAPTION_COLUMNS) if name in header]
+            options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text, pa.string()))
+            parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            table = pyarrow.csv.read_csv(path, convert_options=options, parse_options=parse)
+        else:
+            table = pq.read_table(path)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    if table.column_names.count("file_name") != 1:
+        raise SourceError(f"{path} has no column 'file_name'; it has: {', '.join(table.column_names)}")
+    return table
+
+
+def _file(path: bytes, listed: bytes, real_root: bytes) -> dict[str, Any]:
+    """What the listing says of one directory entry that is no directory.
+
+    A link inside the collection is the item that it points to, with its own caption.
+    """
+    name, target = listed, path
     try:
         if os.path.islink(path):
             target = os.path.realpath(path, strict=True)
@@ -192,15 +263,18 @@ def _file(path: bytes, name: bytes, real_root: bytes) -> dict[str, Any]:
             if os.path.isdir(target):
                 return _bad(name, Reason.LINK, "points to a folder; links to folders are not followed")
             name = os.path.relpath(target, real_root)
-            path = target
-        found = os.stat(path, follow_symlinks=False)
+        found = os.stat(target, follow_symlinks=False)
     except OSError as error:
         return _bad(name, Reason.LINK if os.path.islink(path) else Reason.UNREADABLE, error.strerror or "")
-    caption = os.path.splitext(path)[0] + b".txt"
-    item = {"name": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    if os.path.isfile(caption):
-        item["caption_locator"] = os.path.splitext(name)[0] + b".txt"
-    return item
+    item = {"name": name, "listed": listed, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    try:
+        caption = os.stat(os.path.splitext(path)[0] + b".txt", follow_symlinks=False)
+    except OSError:
+        return item
+    return item | {
+        "caption_locator": os.path.splitext(listed)[0] + b".txt",
+        "caption_mtime_ns": caption.st_mtime_ns,
+    }
 
 
 def _bad(name: bytes, reason: Reason, detail: str) -> dict[str, Any]:
@@ -213,7 +287,7 @@ def _columns(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "path": [item["name"].decode("utf-8", "backslashreplace") for item in items],
         "locator": [item["name"] for item in items],
     }
-    for key in ("size", "mtime_ns", "caption_locator", "reason", "detail"):
+    for key in ("size", "mtime_ns", "caption_locator", "caption_mtime_ns", "reason", "detail"):
         columns[key] = [item.get(key) for item in items]
     return columns
 

@@ -20,7 +20,9 @@ from llmvis.sources.base import (
     LISTING_CHUNK,
     SourceError,
     SourceOptions,
+    Stat,
     can_carry,
+    captions,
     carried,
     inside,
     listing_table,
@@ -30,8 +32,8 @@ from llmvis.sources.base import (
 
 BYTES_COLUMNS = ("image", "bytes", "image_bytes", "content", "jpg", "png", "img")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "filepath", "image", "uri", "url")
-READ_ROWS = 64
-"""Pictures that are in memory at a time while one row group is read."""
+READ_ROWS, READ_BUFFER = 64, 1 << 20
+"""Pictures and bytes that are asked for at a time, so that a row group is not held whole."""
 
 
 def parquet_files(root: Path) -> list[Path]:
@@ -41,7 +43,8 @@ def parquet_files(root: Path) -> list[Path]:
     pictures; notes, cards and hidden files don't count.
     """
     files: list[Path] = []
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if not f.startswith(".")]
         for name in names:
             path = Path(folder, name)
             if name.startswith(".") or path.suffix in (".md", ".json", ".txt", ".yaml", ".crc"):
@@ -64,13 +67,14 @@ class ParquetSource:
         self._id = options.id_column
         if self._id and self._id not in first.names:
             raise SourceError(f"{where} has no column {self._id!r}; it has: {', '.join(first.names)}")
+        carried(list(first), where)
         self._image, self.image_kind = _pick_image(first, options.image_column, where)
-        others = [name for name in first.names if name != self._image]
+        others = [field for field in first if field.name != self._image]
         self._caption = pick_caption(others, options.caption_column, where)
-        fields = [first.field(name) for name in others if name != self._caption]
-        self._left_out = [f.name for f in fields if not can_carry(f.type)]
-        self._fields = [f for f in fields if can_carry(f.type)]
-        self.user_columns = [carried(f) for f in self._fields]
+        others = [field for field in others if field.name != self._caption]
+        self._left_out = [f.name for f in others if not can_carry(f.type)]
+        self._fields = [f for f in others if can_carry(f.type)]
+        self.user_columns = carried(self._fields, where)
         self.image_root = Path(options.image_root).absolute() if options.image_root else self.root
         self._check_alike(schemas)
 
@@ -93,6 +97,7 @@ class ParquetSource:
         return {
             "kind": "parquet",
             "root": str(self.root),
+            "shown_root": str(self.image_root if self.image_kind == "path" else self.root),
             "image_root": str(self.image_root),
             "image_column": self._image,
             "image_kind": self.image_kind,
@@ -144,11 +149,7 @@ class ParquetSource:
             keys = [p.encode() for p in (listed["path"] if self.image_kind == "path" else places)]
         listed["id"] = [item_id(key) for key in keys]
         if self._caption:
-            captions = batch[self._caption]
-            if pa.types.is_list(captions.type):
-                listed["caption"] = [c[0] if c else None for c in captions.to_pylist()]
-            else:
-                listed["caption"] = captions.cast(pa.string()).to_pylist()
+            listed["caption"] = captions(batch[self._caption], f"column {self._caption!r}")
         user = pa.table([batch[f.name] for f in self._fields], schema=pa.schema(self.user_columns))
         return listing_table(listed, user)
 
@@ -192,11 +193,15 @@ class ParquetReader:
         self.files: list[dict[str, Any]] = description["files"]
 
     def read(
-        self, locators: Sequence[bytes], stats: Sequence[tuple[int | None, int | None]] | None = None
+        self,
+        locators: Sequence[bytes],
+        stats: Sequence[Stat] | None = None,
+        max_bytes: int | None = None,
     ) -> Iterator[bytes | ItemError]:
         if self.kind == "path":
             for index, locator in enumerate(locators):
-                yield self._file(os.fsdecode(locator), *(stats[index] if stats else (None, None)))
+                stat_then = stats[index] if stats else (None, None)
+                yield self._file(os.fsdecode(locator), stat_then, max_bytes)
             return
         groups: dict[tuple[int, int], dict[int, int]] = {}
         for index, locator in enumerate(locators):
@@ -205,29 +210,36 @@ class ParquetReader:
         found: dict[int, bytes | ItemError] = {}
         at = 0
         for (file, group), wanted in groups.items():
-            for index, value in self._group(file, group, wanted):
+            for index, value in self._group(file, group, wanted, stats is not None):
                 found[index] = value
                 while at in found:  # in the order asked for, holding no more than needed
                     yield found.pop(at)
                     at += 1
         assert not found, "a locator was asked for twice"
 
-    def _file(self, name: str, size: int | None = None, mtime_ns: int | None = None) -> bytes | ItemError:
+    def read_caption(self, locator: bytes) -> str | None:
+        return None  # captions are a column
+
+    def _file(
+        self, name: str, stat_then: Stat = (None, None), max_bytes: int | None = None
+    ) -> bytes | ItemError:
         try:
             path = inside(self.image_root, name)
             inside(Path(os.path.realpath(self.image_root)), os.path.realpath(path))
-            return read_file(path, size, mtime_ns)
+            return read_file(path, stat_then, max_bytes=max_bytes)
         except ItemError as error:
             return error
 
     def _group(
-        self, file: int, group: int, wanted: dict[int, int]
+        self, file: int, group: int, wanted: dict[int, int], check: bool
     ) -> Iterator[tuple[int, bytes | ItemError]]:
         """The wanted rows of one row group: row → index in the request."""
         left = dict(wanted)
         try:
-            self._check_unchanged(file)
-            with pq.ParquetFile(self.root / self.files[file]["name"]) as table:
+            if check:
+                self._check_unchanged(file)
+            path = self.root / self.files[file]["name"]
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as table:
                 at = 0
                 for batch in _batches(table, group, [self.column], READ_ROWS):
                     for row in [r for r in left if r < at + batch.num_rows]:
@@ -284,6 +296,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _kind_of(kind: pa.DataType) -> str | None:
     """How a column of this type holds pictures: `struct`, `bytes`, `path`, or not at all."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if (
         pa.types.is_struct(kind)
         and kind.get_field_index("bytes") >= 0
