@@ -35,13 +35,13 @@ from llmvis.images import decode
 from llmvis.models.load import describe_encoder, load_encoder
 from llmvis.sources import open_source
 
-SIZE = (500, 375)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     images: int = 5000
-    """Pictures, made once: JPEG, 500 × 375, an emoji on a coloured ground with noise."""
+    """Pictures, made once: JPEG, an emoji on a coloured ground with noise."""
+    side: int = 256
+    """Their width and height, pixels: what img2dataset makes of a collection by default."""
     runs: int = 3
     """Times that each loop runs, in turn."""
     model: str | None = None
@@ -52,7 +52,11 @@ class Config:
     """Write the figures there."""
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def _images(config: Config) -> Path:
+    return Path(config.folder, f"images-{config.images}-{config.side}")
+
+
+def make_pictures(folder: Path, count: int, side: int) -> None:
     """Deterministic; kept between calls."""
     if folder.is_dir() and len(list(folder.rglob("*.jpg"))) == count:
         return
@@ -60,12 +64,10 @@ def make_pictures(folder: Path, count: int) -> None:
     emoji = [row["bytes"] for row in load_emoji(columns=["image"])["image"].to_pylist()]
     rng = np.random.default_rng(0)
     for i in range(count):
-        ground = np.linspace(*rng.integers(0, 255, (2, 3)), SIZE[1])[:, None] + rng.normal(
-            0, 8, (*SIZE[::-1], 3)
-        )
+        ground = np.linspace(*rng.integers(0, 255, (2, 3)), side)[:, None] + rng.normal(0, 8, (side, side, 3))
         image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
-        art = decode(emoji[i % len(emoji)]).image.resize((256, 256))
-        image.paste(art, (int(rng.integers(0, SIZE[0] - 256)), int(rng.integers(0, SIZE[1] - 256))))
+        art = decode(emoji[i % len(emoji)]).image.resize((side // 2, side // 2))
+        image.paste(art, (int(rng.integers(0, side // 2)), int(rng.integers(0, side // 2))))
         path = folder / f"{i // 1000:03}" / f"{i:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
@@ -77,7 +79,7 @@ def _work(part: int, parts: int, kind: str, config: Config, ready: Any, go: Any)
 
     torch.set_num_threads(1)
     info = describe_encoder(config.model)
-    paths = sorted(Path(config.folder, "images").rglob("*.jpg"))[part::parts]
+    paths = sorted(_images(config).rglob("*.jpg"))[part::parts]
     if kind == "decode":
 
         def loop() -> None:
@@ -120,7 +122,7 @@ def job(config: Config) -> tuple[float, float]:
     """Pictures a second of the job, and its share of worker time that went into decode and model."""
     out = Path(config.folder, "out")
     shutil.rmtree(out, ignore_errors=True)
-    images = str(Path(config.folder, "images"))
+    images = str(_images(config))
     encode = EncodeConfig(images=images, out=str(out), model=config.model)
     source = open_source(images)
     begun = time.perf_counter()
@@ -134,7 +136,7 @@ def job(config: Config) -> tuple[float, float]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    make_pictures(Path(config.folder, "images"), config.images)
+    make_pictures(_images(config), config.images, config.side)
     rates: dict[str, list[float]] = {"decode": [], "model": [], "job": [], "share": []}
     loops: dict[str, Callable[[], float]] = {k: lambda k=k: bare_loop(k, config) for k in ("decode", "model")}  # type: ignore[misc]
     for run in range(config.runs):
@@ -151,6 +153,7 @@ def main(config: Config) -> dict[str, Any]:
         "ratio": round(median["job"] / ceiling, 4),
         "ceiling": "decode" if median["decode"] < median["model"] else "model",
         "images": config.images,
+        "side": config.side,
         "cores": os.cpu_count(),
         "images_per_second": {k: round(v, 2) for k, v in median.items() if k != "share"},
         "share": round(median["share"], 4),

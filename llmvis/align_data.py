@@ -1,7 +1,7 @@
 """Training pairs of the alignment stage: which pictures, which words, what is purged, features.
 
 Rows come from the embedded collection, from openclipart and, where it is at hand, from
-other hands' drawings of the same names; and one without a picture for each class that the
+OpenMoji's drawings of the same names; and one without a picture for each class that the
 trunk knows, so that the learned part keeps what the trunk learned of photographs. Training
 drops every row that is near a held-out one, in looks (cosine of centred trunk features >
 0.70) or in words (cosine of captions > 0.80). The trunk is frozen, so each augmented view
@@ -23,7 +23,7 @@ import torch
 
 from llmvis.augment import view_of
 from llmvis.data import load_emoji
-from llmvis.data.drawings import FLUENT, OPENMOJI, load_drawings
+from llmvis.data.drawings import load_drawings
 from llmvis.data.openclipart import load_openclipart
 from llmvis.models.convert import class_words
 from llmvis.models.efficientnet import FEATURES
@@ -43,7 +43,7 @@ class Row:
     image: bytes
     caption: str
     keywords: tuple[str, ...]
-    source: str  # emoji, openclipart, openmoji, fluent or class
+    source: str  # emoji, openclipart, openmoji or class
     split: str  # train, validation, test, authors or unused
 
 
@@ -71,15 +71,13 @@ def split_index(rows: Sequence[Row], split: str, source: str | None = None) -> n
     return np.array([i for i, r in enumerate(rows) if r.split == split and source in (None, r.source)], int)
 
 
-def load_rows(openclipart: Path | None, openmoji: Path | None, fluent: Path | None) -> list[Row]:
-    """All rows in a fixed order: emoji, openclipart, OpenMoji, Fluent. A missing source is left out."""
+def load_rows(openclipart: Path | None, openmoji: Path | None) -> list[Row]:
+    """All rows in a fixed order: emoji, openclipart, OpenMoji. A missing source is left out."""
     tables = [("emoji", load_emoji(columns=["id", "image", "caption", "keywords", "split"]))]
     if openclipart is not None:
         tables.append(("openclipart", load_openclipart(openclipart)))
     if openmoji is not None:
-        tables.append(("openmoji", load_drawings(OPENMOJI, openmoji)))
-    if fluent is not None:
-        tables.append(("fluent", load_drawings(FLUENT, fluent)))
+        tables.append(("openmoji", load_drawings(openmoji)))
     rows = []
     for source, table in tables:
         for row in table.select(["id", "image", "caption", "keywords", "split"]).to_pylist():

@@ -7,8 +7,7 @@ same encoder with the captions dealt to wrong pictures (mean of five deals).
 
 Pools:
   emoji          held-out names of the embedded collection (its test split), 192
-  mixed          a third each: those, OpenMoji's drawings of them, clip art of the test split
-  emoji_clipart  the first, and all clip art of the test split: 576
+  mixed          the same and the clip-art test split of openclipart: 576
   authors        pictures of openclipart authors of whom no picture was trained on
   <language>     names in another language, against the whole embedded collection, and
                  `<language>_held_out` against its test split
@@ -25,18 +24,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from llmvis.augment import on_ground
 from llmvis.data import EMOJI_LANGUAGES, load_emoji
-from llmvis.data.drawings import OPENMOJI, find_drawings, load_drawings
 from llmvis.data.openclipart import find_openclipart, load_openclipart
 from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary, target_ranks
 from llmvis.models.protocols import Encoder
 
 SHUFFLES = 5
-MIXED = 576  # pictures in the mixed pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +56,6 @@ class EvaluateConfig:
     """File for the figures."""
     openclipart: str | None = None
     """Folder of the unpacked Debian packages; default: the cache; without them, two pools are left out."""
-    openmoji: str | None = None
-    """Folder of the unpacked npm package openmoji; default: the cache; without it, no mixed pool."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1, …"""
     languages: tuple[str, ...] = ("en", "de", "fr", "es", "zh", "ja")
@@ -77,10 +71,6 @@ class Pool:
 
     def __add__(self, other: Pool) -> Pool:
         return Pool(np.concatenate([self.images, other.images]), self.queries + other.queries)
-
-    def first(self, count: int) -> Pool:
-        """The first `count` pictures."""
-        return Pool(self.images[:count], self.queries[:count])
 
 
 def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, Any]:
@@ -100,22 +90,11 @@ def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, An
     test = np.array([split == "test" for split in emoji["split"].to_pylist()])
     pools = {"emoji": Pool(embedded[test], emoji.filter(pa.array(test))["caption"].to_pylist())}
     skipped: dict[str, str] = {}
-    clipart = drawings = None
     if (root := find_openclipart(config.openclipart)) is None:
-        skipped["emoji_clipart"] = skipped["authors"] = "openclipart is not at hand: pass --openclipart DIR"
+        skipped["mixed"] = skipped["authors"] = "openclipart is not at hand: pass --openclipart DIR"
     else:
-        clipart = _pool(encoder, load_openclipart(root, "test"))
-        pools["emoji_clipart"] = pools["emoji"] + clipart
+        pools["mixed"] = pools["emoji"] + _pool(encoder, load_openclipart(root, "test"))
         pools["authors"] = _pool(encoder, load_openclipart(root, "authors"))
-    if (package := find_drawings(OPENMOJI, config.openmoji)) is not None:
-        table = load_drawings(OPENMOJI, package)
-        drawings = _pool(encoder, table.filter(pc.equal(table["split"], "test")))
-    if clipart is None or drawings is None:
-        skipped["mixed"] = (
-            "openclipart and OpenMoji are not both at hand: pass --openclipart DIR --openmoji DIR"
-        )
-    else:
-        pools["mixed"] = pools["emoji"] + drawings + clipart.first(MIXED - test.sum() - len(drawings.queries))
     splits = {name: score(encoder.encode_texts(p.queries), p.images, p.queries) for name, p in pools.items()}
     for language in config.languages:
         names = emoji["caption" if language == "en" else f"name_{language}"].to_pylist()

@@ -34,7 +34,11 @@ SAME = 0.95  # cosine of two texts above which they are the same words, and no n
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """Hyper-parameters of the alignment stage. `batch_size` counts the pairs of all workers together."""
+    """Hyper-parameters of the alignment stage. `batch_size` counts the pairs of all workers together.
+
+    Without `train_text` the text side stays the language model's own space: better on
+    validation than training it too (benchmarks/LOG.md).
+    """
 
     epochs: int = 20
     batch_size: int = 512
@@ -45,6 +49,7 @@ class AlignConfig:
     scale_init: float = 14.3
     scale_max: float = 100.0
     patience: int = 6
+    train_text: bool = False
     seed: int = 0
 
 
@@ -102,7 +107,8 @@ class Aligner:
         self.config, self._bank, self._index = config, bank, index
         self._rank, self._world, self._gather, self._mean = rank, world, gather, mean
         self.steps_per_epoch = len(index) // config.batch_size
-        named = dict(self.learned.named_parameters())
+        self.learned.text.requires_grad_(config.train_text)
+        named = {name: p for name, p in self.learned.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -146,7 +152,7 @@ class Aligner:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return [*self.learned.parameters(), self.log_scale]
+        return [*(p for p in self.learned.parameters() if p.requires_grad), self.log_scale]
 
     def train_epoch(self) -> float:
         """One pass over the training rows; returns the mean loss of this worker, in nats."""

@@ -48,7 +48,7 @@ def test_pools_controls_and_top_level_keys(monkeypatch: pytest.MonkeyPatch, tmp_
     )
     assert result["splits"]["ja"]["r_at_10"] < 5.0  # the oracle knows no Japanese
     assert result["controls"]["shuffled"]["r_at_10"] < 10.0
-    assert set(result["skipped"]) == {"mixed", "emoji_clipart", "authors"}
+    assert set(result["skipped"]) == {"mixed", "authors"}
 
 
 def test_random_control_is_exact() -> None:
@@ -98,7 +98,7 @@ def test_the_command_writes_figures_of_the_shipped_model(tmp_path: Path) -> None
     assert run.returncode == 0, run.stderr
     assert "mixed: left out" in run.stdout
     told = json.loads(file.read_text())
-    assert told["r_at_10"] >= 60.0
+    assert told["r_at_10"] >= 58.0  # 60.9 when it shipped
     assert 180 <= told["pool"] <= 200
     assert told["splits"]["de"]["r_at_10"] > 50.0
     assert told["controls"]["random"]["r_at_10"] < 6.0 and told["controls"]["shuffled"]["r_at_10"] < 15.0

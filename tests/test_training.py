@@ -161,7 +161,7 @@ def test_two_workers_on_ray_train_what_one_trains(ray_cluster: None, nothing_at_
     """A real run with 2 workers gives the weights of 1 (in process): gradients go through the gather."""
     from llmvis.cluster.train import TrainConfig, train
 
-    align = AlignConfig(epochs=2, batch_size=16, dropout=0.0, patience=9)
+    align = AlignConfig(epochs=2, batch_size=16, dropout=0.0, patience=9, train_text=True)
     quick = TrainConfig(stage="align", out="", max_rows=60, views=1, image_size=64, hidden=0, align=align)
     outs = [str(nothing_at_hand / f"run{workers}") for workers in (0, 2)]
     folders = [train(replace(quick, out=out, workers=w)) for out, w in zip(outs, (0, 2), strict=True)]

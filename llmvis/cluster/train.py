@@ -37,7 +37,7 @@ from llmvis.align_data import (
     training_rows,
     trunk_features,
 )
-from llmvis.data.drawings import FLUENT, OPENMOJI, fetch_drawings, find_drawings
+from llmvis.data.drawings import fetch_openmoji, find_openmoji
 from llmvis.data.openclipart import cache_folder, fetch_openclipart, find_openclipart
 from llmvis.losses import Gather, alone
 from llmvis.models.convert import initial_model
@@ -77,10 +77,8 @@ class TrainConfig:
     """Folder of the unpacked Debian packages openclipart-png, -svg; default: $LLMVIS_OPENCLIPART, cache."""
     openmoji: str | None = None
     """Folder of the unpacked npm package openmoji; default: the cache."""
-    fluent: str | None = None
-    """Folder of the unpacked npm package @iconify-json/fluent-emoji-flat; default: the cache."""
     download: bool = False
-    """Fetch openclipart (156 MB), OpenMoji (4 MB), Fluent (1 MB) from Debian and npm if they are not at hand."""
+    """Fetch openclipart (156 MB) and OpenMoji (4 MB) from Debian and npm if they are not at hand."""
     language_model: str = PACKAGED
     """"packaged" (MiniLM), a folder, or a Hugging Face name of an encoder language model."""
     image_size: int = 224
@@ -148,13 +146,11 @@ def _prepare(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Find the data, refuse a run name that is taken, write `run.json`; returns the workers' settings."""
     sources = {
         "openclipart": find_openclipart(config.openclipart),
-        "openmoji": find_drawings(OPENMOJI, config.openmoji),
-        "fluent": find_drawings(FLUENT, config.fluent),
+        "openmoji": find_openmoji(config.openmoji),
     }
     if config.download:
         sources["openclipart"] = sources["openclipart"] or fetch_openclipart()
-        sources["openmoji"] = sources["openmoji"] or fetch_drawings(OPENMOJI)
-        sources["fluent"] = sources["fluent"] or fetch_drawings(FLUENT)
+        sources["openmoji"] = sources["openmoji"] or fetch_openmoji()
     found = {name: folder and str(folder.resolve()) for name, folder in sources.items()}
     settings = asdict(config) | found | {"out": str(out)}
     wanted = {name: value for name, value in settings.items() if name != "download"}
@@ -217,7 +213,7 @@ def _bank(
     settings: dict[str, Any], model: TwoTower, text_encoder: TextEncoder, rank: int, world: int
 ) -> Bank:
     """Rows, features (from the cache of this machine where every worker has them) and text embeddings."""
-    sources = (settings[name] for name in ("openclipart", "openmoji", "fluent"))
+    sources = (settings[name] for name in ("openclipart", "openmoji"))
     rows = load_rows(*(Path(folder) if folder else None for folder in sources))
     if settings["max_rows"]:
         # every k-th row, so that all splits and sources stay
