@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 from rich.table import Table
 
 from llmvis.config import parse
+from llmvis.entry import entry
 from llmvis.evaluation import EvaluateConfig, evaluate_retrieval, table_rows, write_json
 
 _HEAD = ("pool", "size", "R@1", "R@5", "R@10", "median rank", "random R@10", "shuffled R@10")
@@ -18,10 +17,7 @@ def main() -> None:
     config = parse(EvaluateConfig, "python -m jobs.evaluate")
     from llmvis.models.load import load_encoder
 
-    try:
-        result = evaluate_retrieval(config, load_encoder(config.encoder, device=config.device))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    result = evaluate_retrieval(config, load_encoder(config.encoder, device=config.device))
     table = Table(*_HEAD, title=f"text → picture, {result['encoder']}")
     for row in table_rows(result):
         table.add_row(*row)
@@ -34,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry(main)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 from llmvis.cluster.session import session
 from llmvis.cluster.train import TrainConfig, train
 from llmvis.config import parse
+from llmvis.entry import entry
 
 
 def main() -> None:
     """Command line."""
     config = parse(TrainConfig, "python -m jobs.train")
-    try:
-        with session():
-            folder = train(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with session():
+        folder = train(config)
     print(f"encoder: {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    entry(main)

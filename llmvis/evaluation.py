@@ -31,6 +31,7 @@ from llmvis.data import EMOJI_LANGUAGES, load_emoji
 from llmvis.data.openclipart import find_openclipart, load_openclipart
 from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary, target_ranks
 from llmvis.models.protocols import Encoder
+from llmvis.schema import UserError
 
 SHUFFLES = 5
 
@@ -82,7 +83,7 @@ def evaluate_retrieval(config: EvaluateConfig, encoder: Encoder) -> dict[str, An
     """
     unknown = set(config.languages) - {"en", *EMOJI_LANGUAGES}
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"no names in {', '.join(sorted(unknown))}: there are en, {', '.join(EMOJI_LANGUAGES)}"
         )
     emoji = load_emoji()

@@ -28,6 +28,7 @@ from llmvis.losses import Gather, alone, info_nce
 from llmvis.metrics import retrieval_scores
 from llmvis.models.two_tower import LearnedPart
 from llmvis.models.two_tower_info import TwoTowerConfig
+from llmvis.schema import UserError
 
 SAME = 0.95  # cosine of two texts above which they are the same words, and no negatives
 
@@ -94,7 +95,7 @@ class Aligner:
         mean: Callable[[Tensor], None] = lambda gradient: None,
     ) -> None:
         if config.batch_size % world or config.batch_size > len(index):
-            raise ValueError(
+            raise UserError(
                 f"a batch of {config.batch_size} must divide by {world} workers and be no more than the "
                 f"{len(index)} training pairs: set --align.batch-size"
             )
@@ -208,7 +209,7 @@ class Aligner:
         """Go on from what `save` wrote; raises `ValueError` if it was written with another config."""
         told: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if told["config"] != asdict(self.config):
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained with {told['config']}, not {asdict(self.config)}: use a new run name"
             )
         tensors = load_file(folder / "state.safetensors")

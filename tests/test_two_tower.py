@@ -21,8 +21,14 @@ from llmvis.models.glossary import Glossary
 from llmvis.models.language_model import language_model_folder
 from llmvis.models.preprocess import SquarePreprocess
 from llmvis.models.protocols import Encoder
-from llmvis.models.two_tower import TwoTowerEncoder, load_two_tower
-from llmvis.models.two_tower_info import default_folder, describe_two_tower, read_config
+from llmvis.models.two_tower import (
+    TwoTower,
+    TwoTowerEncoder,
+    ensemble_two_towers,
+    load_two_tower,
+    save_two_tower,
+)
+from llmvis.models.two_tower_info import TwoTowerConfig, default_folder, describe_two_tower, read_config
 
 
 @cache
@@ -164,7 +170,7 @@ def test_both_parts_have_their_share_of_the_cosine() -> None:
 
 def test_shipped_weights_are_small_and_of_half_precision() -> None:
     file = default_folder() / "model.safetensors"
-    assert file.stat().st_size < 20e6
+    assert file.stat().st_size < 25e6
     assert {t.dtype for t in load_file(file).values()} == {torch.float16}
 
 
@@ -253,3 +259,38 @@ def test_glossary_matches_keywords_by_the_pictures_they_share() -> None:
         {"caption": "cat", "keywords": ["pet"], "name_de": "Katze", "keywords_de": ["Haustier"], **empty},
     ]
     assert Glossary.from_rows(rows).to_english("Haustier Katze") == "pet cat"
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_an_ensemble_gives_the_mean_of_its_members(tmp_path: Path, hidden: int) -> None:
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        member = TwoTower(TwoTowerConfig(text_dim=16, learned_dim=16, hidden=hidden)).eval()
+        for parameter in member.learned.image.parameters():
+            torch.nn.init.normal_(parameter)
+        if member.learned.image_mlp is not None:
+            torch.nn.init.normal_(member.learned.image_mlp[3].weight)  # type: ignore[arg-type]
+        save_two_tower(member, tmp_path / str(seed))
+        members.append(member.learned)
+    ensemble_two_towers([tmp_path / str(seed) for seed in range(3)], tmp_path / "all")
+    whole = TwoTower(read_config(tmp_path / "all"))
+    whole.load_state_dict(
+        {k: v.float() for k, v in load_file(tmp_path / "all" / "model.safetensors").items()}
+    )
+    x = torch.rand(5, members[0].image.in_features)
+
+    def plain(part: torch.nn.Module) -> torch.Tensor:
+        root = x.sqrt()
+        return part.image(root) + (part.image_mlp(root) if hidden else 0)  # type: ignore[operator]
+
+    with torch.no_grad():
+        mean = F.normalize(torch.stack([plain(m) for m in members]).mean(0), dim=1)
+        joined = whole.eval().learned.project_images(x)
+    assert F.cosine_similarity(mean, joined).min() > 0.9999
+
+
+def test_the_language_model_is_not_read_for_pictures() -> None:
+    fresh = load_two_tower()
+    fresh.encode_images(noise(1))
+    assert "_loaded" not in vars(fresh.text_encoder)

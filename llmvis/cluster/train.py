@@ -42,8 +42,9 @@ from llmvis.data.openclipart import cache_folder, fetch_openclipart, find_opencl
 from llmvis.losses import Gather, alone
 from llmvis.models.convert import initial_model
 from llmvis.models.language_model import PACKAGED, language_model_files, language_model_folder
-from llmvis.models.two_tower import TextEncoder, TwoTower, average_two_towers, save_two_tower
+from llmvis.models.two_tower import TextEncoder, TwoTower, ensemble_two_towers, save_two_tower
 from llmvis.models.two_tower_info import TwoTowerConfig
+from llmvis.schema import UserError
 from llmvis.training import AlignConfig, Aligner
 
 SCRATCH = "scratch"
@@ -83,7 +84,7 @@ class TrainConfig:
     """"packaged" (MiniLM), a folder, or a Hugging Face name of an encoder language model."""
     image_size: int = 224
     """Side of the trunk's input, px."""
-    hidden: int = 0
+    hidden: int = 768
     """Width of the learned part's MLP; 0: linear."""
     semantic_share: float = 0.5
     """Share of the cosine that the class-name part decides."""
@@ -92,7 +93,7 @@ class TrainConfig:
     views: int = 3
     """Views of each picture: the plain one and augmented ones."""
     seeds: int = 1
-    """Train so many seeds, in seed-0/, seed-1/, …, and average their weights, as in the shipped model."""
+    """Train so many seeds, in seed-0/, seed-1/, …, and join them into one model, as in the shipped one."""
     max_rows: int | None = None
     """Use only so many pictures (a quick trial)."""
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -107,7 +108,7 @@ def train(config: TrainConfig) -> Path:
     if config.seeds == 1:
         return _train_seed(config, out)
     if (out / "two_tower").exists():
-        raise ValueError(f"{out} holds a finished run: take its two_tower/, or give another --out")
+        raise UserError(f"{out} holds a finished run: take its two_tower/, or give another --out")
     folders = []
     for number in range(config.seeds):
         align = replace(config.align, seed=config.align.seed + number)
@@ -115,7 +116,7 @@ def train(config: TrainConfig) -> Path:
         if not (folder / "two_tower").exists():
             _train_seed(replace(config, seeds=1, out=str(folder), align=align), folder)
         folders.append(folder / "two_tower")
-    average_two_towers(folders, out / "two_tower")
+    ensemble_two_towers(folders, out / "two_tower")
     return out / "two_tower"
 
 
@@ -158,10 +159,10 @@ def _prepare(config: TrainConfig, out: Path) -> dict[str, Any]:
     if run_file.exists():
         run = json.loads(run_file.read_text())
         if run["finished"]:
-            raise ValueError(f"{out} holds a finished run: take its two_tower/, or give another --out")
+            raise UserError(f"{out} holds a finished run: take its two_tower/, or give another --out")
         if run["settings"] != wanted:
             changed = [name for name in wanted if run["settings"].get(name) != wanted[name]]
-            raise ValueError(
+            raise UserError(
                 f"{out} holds a run with another {', '.join(changed)}: give the same or another --out"
             )
     out.mkdir(parents=True, exist_ok=True)

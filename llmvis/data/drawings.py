@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from llmvis.data import load_emoji
 from llmvis.data.openclipart import cache_folder
 from llmvis.data.packages import Package, unpack
+from llmvis.schema import UserError
 
 OPENMOJI = Package(
     name="openmoji",
@@ -37,7 +38,7 @@ def find_openmoji(folder: Path | str | None = None) -> Path | None:
         if (place / _NAMES).is_file():
             return place
     if folder:
-        raise ValueError(f"no openmoji under {folder}: it needs {_NAMES} and color/svg/ of the npm package")
+        raise UserError(f"no openmoji under {folder}: it needs {_NAMES} and color/svg/ of the npm package")
     return None
 
 
@@ -62,7 +63,7 @@ def _render(folder: Path) -> pa.Table:
     try:
         import resvg_py
     except ImportError as error:
-        raise ValueError("rendering OpenMoji needs resvg_py: pip install resvg_py") from error
+        raise UserError("rendering OpenMoji needs resvg_py: pip install resvg_py") from error
     emoji = load_emoji(columns=["id", "caption", "keywords", "split"]).to_pylist()
     known = {_bare(row["id"]): row for row in emoji}
     held_names = {row["caption"].lower() for row in emoji if row["split"] != "train"}

@@ -41,6 +41,7 @@ from PIL import Image
 from llmvis.data.build import small_picture
 from llmvis.data.groups import leak_groups
 from llmvis.data.packages import OPENCLIPART_PNG, OPENCLIPART_SVG, unpack
+from llmvis.schema import UserError
 
 SIZE = 256  # px, longer side of a cached picture
 MASS = 4  # a title shared by more pictures than this is no caption
@@ -84,7 +85,7 @@ def find_openclipart(folder: Path | str | None = None) -> Path | None:
             if (root / tail / "png").is_dir() and (root / tail / "svg").is_dir():
                 return root / tail
     if folder:
-        raise ValueError(f"no openclipart under {folder}: it needs png/ and svg/ of the two Debian packages")
+        raise UserError(f"no openclipart under {folder}: it needs png/ and svg/ of the two Debian packages")
     return None
 
 

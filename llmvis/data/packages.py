@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmvis.schema import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
@@ -70,14 +72,14 @@ def fetch(package: Package, folder: Path) -> Path:
         try:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise ValueError(f"no {command[0]} here: put {package.filename} into {folder}") from error
+            raise UserError(f"no {command[0]} here: put {package.filename} into {folder}") from error
         except subprocess.CalledProcessError as error:
             why = error.stderr.strip()[-300:]
-            raise ValueError(f"{' '.join(command)}: {why}; put {package.filename} into {folder}") from error
+            raise UserError(f"{' '.join(command)}: {why}; put {package.filename} into {folder}") from error
         found = folder / package.filename
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if digest != package.sha256:
-        raise ValueError(f"{found} has sha256 {digest}, expected {package.sha256}: delete it and run again")
+        raise UserError(f"{found} has sha256 {digest}, expected {package.sha256}: delete it and run again")
     return found
 
 
@@ -93,7 +95,7 @@ def unpack(package: Package, folder: Path) -> Path:
         try:
             subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True)
         except FileNotFoundError as error:
-            raise ValueError("dpkg-deb is not installed: unpack the package on a Debian machine") from error
+            raise UserError("dpkg-deb is not installed: unpack the package on a Debian machine") from error
     else:
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")

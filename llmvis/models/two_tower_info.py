@@ -16,6 +16,7 @@ from pathlib import Path
 from llmvis.models.language_model import PACKAGED, language_model_files, language_model_folder
 from llmvis.models.preprocess import Mode, SquarePreprocess
 from llmvis.models.protocols import EncoderInfo
+from llmvis.schema import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "llmvis-two-tower"
@@ -75,7 +76,7 @@ def is_two_tower(folder: Path) -> bool:
 def read_config(folder: Path) -> TwoTowerConfig:
     """Parse `config.json`; raises `ValueError` if the folder is not a two-tower one."""
     if not is_two_tower(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no two-tower encoder: it needs {CONFIG} and {WEIGHTS} from `jobs.train`"
         )
     return TwoTowerConfig(**json.loads((folder / CONFIG).read_text()))
@@ -97,7 +98,7 @@ def describe_two_tower(folder: Path | str | None = None) -> EncoderInfo:
         stat = file.stat()
         digest.update(f"{file.name} {_file_hash(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return EncoderInfo(
-        name=config.name,
+        name=config.name if folder is None else str(path.resolve()),
         fingerprint=digest.hexdigest(),
         dim=config.dim,
         preprocess=config.preprocess,
