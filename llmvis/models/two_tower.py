@@ -43,7 +43,10 @@ from llmvis.models.two_tower_info import (
 from llmvis.schema import UserError
 
 IMAGE_FEATURES = FEATURES + MIDDLE_CHANNELS
-IMAGE_BATCH, TEXT_BATCH = 32, 64  # what runs through the models at once
+TEXT_BATCH = 64
+IMAGE_BATCH, IMAGE_BATCH_GPU = 4, 64
+"""Pictures that run through the trunk at once. On a CPU more are slower: from 8 up, activations are
+too large for the allocator to keep, and half of the time goes into fresh pages (benchmarks/LOG.md)."""
 
 
 class LearnedPart(nn.Module):
@@ -175,13 +178,14 @@ class TwoTowerEncoder:
 
     @torch.inference_mode()
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        """`uint8 (B, H, W, 3)` → `float32 (B, D)`; 32 pictures at a time, so B may be large."""
+        """`uint8 (B, H, W, 3)` → `float32 (B, D)`; a few pictures at a time, so B may be large."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"expected uint8 (B, H, W, 3), got {images.dtype} {images.shape}")
         out = np.empty((len(images), self.info.dim), np.float32)
-        for start in range(0, len(images), IMAGE_BATCH):
-            out[start : start + IMAGE_BATCH] = self.model.embed_images(
-                self.to_tensor(images[start : start + IMAGE_BATCH])
+        batch = IMAGE_BATCH if self._device == "cpu" else IMAGE_BATCH_GPU
+        for start in range(0, len(images), batch):
+            out[start : start + batch] = self.model.embed_images(
+                self.to_tensor(images[start : start + batch])
             ).cpu()
         return out
 
