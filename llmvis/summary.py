@@ -17,8 +17,8 @@ def job_report(
     """The report of a run that did the shards `todo`.
 
     `seconds` are sums over all workers; `items_per_second` is the items of this run over
-    the time from its first read to its last commit, so without starting Ray and, where
-    reading overlaps with it, loading the model; `wall_s` has all of it.
+    the time from the beginning of its first shard to its last commit, without starting Ray
+    and loading the model; `wall_s` has all of it.
     """
     markers = [store.read_json(marker_name(shard)) for shard in todo]
     seconds = {stage: sum(m["seconds"].get(stage, 0.0) for m in markers) for stage in STAGES}

@@ -211,7 +211,6 @@ def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
 
 def _prepare(row: Row, out: str, prepare: Prepare) -> Row:
     """Stage 1, a task: reads and decodes one shard."""
-    started = time.time()
     shard = int(row["shard"])
     listing = read_shard(Store(out).path("plan"), shard)
     duplicate = pa.compute.equal(listing["reason"], DUPLICATE).fill_null(False)
@@ -231,7 +230,6 @@ def _prepare(row: Row, out: str, prepare: Prepare) -> Row:
                 "dtype": str(arrays.dtype),
                 "dead": dead + more,
                 "seconds": seconds,
-                "started": started,
             }
         ),
         "rows": to_bytes(rows),
@@ -250,6 +248,8 @@ class _Actor:
         arrays = np.frombuffer(row["arrays"], head["dtype"]).reshape(head["shape"])
         rows = from_bytes(row["rows"])
         begun = time.perf_counter()
+        # when this shard would have been begun, had the model been there
+        head["started"] = time.time() - sum(head["seconds"].values())
         if rows.num_rows:
             rows, dead = self._apply(rows, arrays)
             head["dead"] += dead

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from llmvis.models.processor import EncoderError, ProcessorPreprocess
 from llmvis.models.protocols import EncoderInfo
 
+_IMAGES_AT_ONCE, _IMAGES_AT_ONCE_GPU = 8, 128
 _TEXTS_AT_ONCE = 128
 _SIGLIP = ("siglip", "siglip2")
 _OFFSET_POSITIONS = ("roberta", "camembert", "altclip")
@@ -65,11 +66,14 @@ class TransformersEncoder:
         """`uint8 (B, H, W, 3)`, sized by `info.preprocess` → `float32 (B, D)`, unit norm."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {images.shape}")
-        if not len(images):
-            return np.zeros((0, self.info.dim), np.float32)
-        with torch.inference_mode():
-            features = self._model.get_image_features(pixel_values=self._pixels(images).to(self.dtype))
-            return self._unit(features)
+        found = np.zeros((len(images), self.info.dim), np.float32)
+        batch = _IMAGES_AT_ONCE if self.device.type == "cpu" else _IMAGES_AT_ONCE_GPU
+        for start in range(0, len(images), batch):
+            rows = slice(start, start + batch)
+            with torch.inference_mode():
+                pixels = self._pixels(images[rows]).to(self.dtype)
+                found[rows] = self._unit(self._model.get_image_features(pixel_values=pixels))
+        return found
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """B texts → `float32 (B, D)`, unit norm, in the order given.
