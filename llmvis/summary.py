@@ -73,7 +73,7 @@ def plan_lines(plan: Plan, notes: list[str], *, what: dict[str, str], row_bytes:
     good = plan.items - plan.duplicates - plan.bad
     lines = [
         f"{plan.job} plan {plan.fingerprint[:12]}",
-        f"  items      {plan.items:,} ({size(plan.bytes)} listed)",
+        f"  items      {plan.items:,}" + (f" ({size(plan.bytes)} listed)" if plan.bytes else ""),
         f"  to write   {good:,} rows at most, about {size(good * row_bytes)}",
     ]
     if plan.duplicates:
