@@ -32,7 +32,7 @@ _REGIONAL = range(0x1F1E6, 0x1F200)
 
 def glyph_pictures(font_file: Path) -> tuple[dict[tuple[int, ...], str], dict[str, bytes]]:
     """The font's drawings: code points (no variation selectors) → glyph name, and glyph name → PNG bytes."""
-    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+    from fontTools.ttLib import TTFont
 
     font = TTFont(font_file)
     cmap: dict[int, str] = font.getBestCmap()
