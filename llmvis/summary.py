@@ -33,7 +33,7 @@ def job_report(
         "items_this_run": items,
         "items_per_second": round(items / span, 2) if span > 0 else None,
         "wall_s": round(wall_s, 3),
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
         "bytes": sum(f["bytes"] for f in manifest["files"]),
     }
 
