@@ -21,11 +21,11 @@ from PIL import Image
 
 from llmvis.images import ImageError, contact_sheet, decode, thumbnail
 from llmvis.storage import Store
+from llmvis.summary import STAGES
 
 THUMBNAIL_SIDE = 192
 """Longer side of a picture on a page, pixels."""
 
-_STAGES = ("list", "read", "decode", "model", "write")
 _LONGEST_TEXT = 300
 
 
@@ -187,7 +187,7 @@ def _job_view(report: Mapping[str, Any]) -> dict[str, Any]:
         figures.append((f"{report['items_per_second']:,.0f}", "pictures a second"))
     if report.get("wall_s"):
         figures.append((_duration(report["wall_s"]), "in all"))
-    seconds = {s: float(report.get("seconds", {}).get(s, 0.0)) for s in _STAGES}
+    seconds = {s: float(report.get("seconds", {}).get(s, 0.0)) for s in STAGES}
     total = sum(seconds.values())
     return {
         "figures": [{"value": value, "name": name} for value, name in figures],

@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Before Ray is imported: quiet defaults that a user's own setting overrides.
+# Before Ray is imported; a setting of the user comes first.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 
 import ray
 import ray.data
