@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import tyro
@@ -28,7 +29,7 @@ from PIL import Image
 
 from jobs.encode import mapping
 from llmvis.cluster.jobs import Pool, run_job
-from llmvis.cluster.session import session
+from llmvis.cluster.session import KEEP_FREED_MEMORY, session
 from llmvis.config import EncodeConfig
 from llmvis.data import load_emoji
 from llmvis.images import decode
@@ -106,8 +107,9 @@ def bare_loop(kind: str, config: Config) -> float:
     cores = os.cpu_count() or 1
     ready, go = context.Semaphore(0), context.Event()
     workers = [context.Process(target=_work, args=(i, cores, kind, config, ready, go)) for i in range(cores)]
-    for worker in workers:
-        worker.start()
+    with patch.dict(os.environ, KEEP_FREED_MEMORY):  # as in the job
+        for worker in workers:
+            worker.start()
     for _ in workers:
         ready.acquire()
     begun = time.perf_counter()

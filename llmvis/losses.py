@@ -56,13 +56,3 @@ def info_nce(
         image_to_text = image_to_text.masked_fill(ignored, float("-inf"))
         text_to_image = text_to_image.masked_fill(ignored, float("-inf"))
     return (F.cross_entropy(image_to_text, target) + F.cross_entropy(text_to_image, target)) / 2
-
-
-def soft_info_nce(student_BG: Tensor, teacher_BG: Tensor) -> Tensor:
-    """Cross-entropy of a student's scores against a teacher's distribution over the same candidates.
-
-    Args:
-        student_BG: logits.
-        teacher_BG: logits; no gradient goes through them (distillation, Hinton 2015).
-    """
-    return -(F.softmax(teacher_BG.detach(), 1) * F.log_softmax(student_BG, 1)).sum(1).mean()

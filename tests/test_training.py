@@ -157,6 +157,10 @@ def nothing_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).norm())
+
+
 def test_two_workers_on_ray_train_what_one_trains(ray_cluster: None, nothing_at_hand: Path) -> None:
     """A real run with 2 workers gives the weights of 1 (in process): gradients go through the gather."""
     from llmvis.cluster.train import TrainConfig, train
@@ -166,10 +170,14 @@ def test_two_workers_on_ray_train_what_one_trains(ray_cluster: None, nothing_at_
     outs = [str(nothing_at_hand / f"run{workers}") for workers in (0, 2)]
     folders = [train(replace(quick, out=out, workers=w)) for out, w in zip(outs, (0, 2), strict=True)]
     one, two = (load_file(folder / "model.safetensors") for folder in folders)
-    moved = (one["learned.text.weight"].float() - torch.eye(384)).abs().max()
-    assert moved > 1e-3
-    for name, tensor in one.items():
-        assert torch.allclose(tensor.float(), two[name].float(), atol=0.05 * float(moved)), name
+    for (
+        name,
+        tensor,
+    ) in one.items():  # Adam blows rounding up where a gradient is all but zero: norms, not elements
+        assert _distance(tensor, two[name]) < 0.02 * float(tensor.float().norm()) + 1e-3, name
+    start, text = torch.eye(384), "learned.text.weight"
+    assert _distance(one[text], start) > 0.1
+    assert _distance(one[text], two[text]) < 0.1 * _distance(one[text], start)
     encoder = load_two_tower(folders[1])
     assert encoder.encode_texts(["a dog"]).shape == (1, 768)
 

@@ -13,6 +13,15 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.data
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+"""Environment of the workers. By default glibc gives large blocks back to the system at once, and
+Ray runs tasks in a thread, whose own arena it trims in any case: each activation of each batch
+then lies on fresh pages, a third of the time of a CNN on a CPU (benchmarks/LOG.md)."""
+
 
 def connect(num_cpus: int | None = None) -> bool:
     """Joins the cluster that `RAY_ADDRESS` names, else starts one here; True if it was started.
@@ -26,10 +35,17 @@ def connect(num_cpus: int | None = None) -> bool:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for chatty in ("data._internal.progress", "_private.authentication.authentication_token_setup"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)  # warn of what is as it should be
+    env = {"env_vars": {k: v for k, v in KEEP_FREED_MEMORY.items() if k not in os.environ}}
     if os.environ.get("RAY_ADDRESS", "local") != "local":
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=env)
         return False
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        runtime_env=env,
+    )
     return True
 
 
