@@ -170,10 +170,8 @@ def test_two_workers_on_ray_train_what_one_trains(ray_cluster: None, nothing_at_
     outs = [str(nothing_at_hand / f"run{workers}") for workers in (0, 2)]
     folders = [train(replace(quick, out=out, workers=w)) for out, w in zip(outs, (0, 2), strict=True)]
     one, two = (load_file(folder / "model.safetensors") for folder in folders)
-    for (
-        name,
-        tensor,
-    ) in one.items():  # Adam blows rounding up where a gradient is all but zero: norms, not elements
+    # norms, not elements: Adam blows rounding up where a gradient is all but zero
+    for name, tensor in one.items():
         assert _distance(tensor, two[name]) < 0.02 * float(tensor.float().norm()) + 1e-3, name
     start, text = torch.eye(384), "learned.text.weight"
     assert _distance(one[text], start) > 0.1
