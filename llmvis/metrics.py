@@ -1,4 +1,4 @@
-"""Retrieval metrics, as pure functions on arrays. They know nothing of models, files or data.
+"""Metrics of retrieval and of pictures, as pure functions on arrays. They know nothing of models, files or data.
 
 Shape legend: Q queries, N pictures.
 """
@@ -43,6 +43,17 @@ def retrieval_scores(
     """`retrieval_summary` of unit-norm embeddings; the right picture of query i is `targets_Q[i]`, or i."""
     targets = np.arange(len(texts_QD)) if targets_Q is None else targets_Q
     return retrieval_summary(target_ranks(texts_QD @ images_ND.T, targets))
+
+
+def psnr(made_BCHW: np.ndarray, real_BCHW: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each picture in dB, float64 (B,): 10 · log10(1 / MSE), values in 0 … 1.
+
+    An exact copy counts as 100 dB, not infinity, so that a mean stays a number.
+    """
+    difference = made_BCHW.astype(np.float64) - real_BCHW.astype(np.float64)
+    mse = (difference**2).mean(axis=tuple(range(1, difference.ndim)))
+    decibels: np.ndarray = 10 * np.log10(1 / np.maximum(mse, 1e-10))
+    return decibels
 
 
 def mean_and_spread(runs: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # from the bottom; a module may import from its own layer and those before it
-    {"config", "schema", "storage", "formats"},
+    {"config", "schema", "storage", "formats", "recipe"},
     {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"},
     {"models"},
-    {"encode", "search", "augment", "align_data", "training", "evaluation", "report", "entry"},
+    {"encode", "search", "augment", "align_data", "pictures", "synthesis_data", "training", "presets"}
+    | {"evaluation", "report", "entry"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]

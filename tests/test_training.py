@@ -18,7 +18,7 @@ from llmvis.models.efficientnet import CLASSES
 from llmvis.models.preprocess import SquarePreprocess
 from llmvis.models.two_tower import IMAGE_FEATURES, load_two_tower
 from llmvis.models.two_tower_info import TwoTowerConfig
-from llmvis.training import AlignConfig, Aligner
+from llmvis.training.align import AlignConfig, Aligner
 
 MODEL = TwoTowerConfig(text_dim=16, learned_dim=16, hidden=0)
 CONFIG = AlignConfig(epochs=4, batch_size=32, dropout=0.2, learning_rate=3e-3)

@@ -45,7 +45,7 @@ from llmvis.models.language_model import PACKAGED, language_model_files, languag
 from llmvis.models.two_tower import TextEncoder, TwoTower, ensemble_two_towers, save_two_tower
 from llmvis.models.two_tower_info import TwoTowerConfig
 from llmvis.schema import UserError
-from llmvis.training import AlignConfig, Aligner
+from llmvis.training.align import AlignConfig, Aligner
 
 SCRATCH = "scratch"
 

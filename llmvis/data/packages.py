@@ -55,6 +55,20 @@ OPENCLIPART_SVG = Package(
     sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     registry="debian",
 )
+TWEMOJI = Package(
+    name="emoji-datasource-twitter",
+    version="16.0.0",
+    filename="emoji-datasource-twitter-16.0.0.tgz",
+    sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    registry="npm",
+)
+FLUENT_FLAT = Package(
+    name="@iconify-json/fluent-emoji-flat",
+    version="1.2.6",
+    filename="iconify-json-fluent-emoji-flat-1.2.6.tgz",
+    sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    registry="npm",
+)
 
 
 def fetch(package: Package, folder: Path) -> Path:
