@@ -56,6 +56,13 @@ class Pictures:
         """Indices of a split: int64 (n,)."""
         return np.array([i for i, row in enumerate(self.rows) if row.split == split], np.int64)
 
+    def judged(self, most: int) -> np.ndarray:
+        """Up to `most` validation rows, spread over all; training rows where there are none."""
+        rows = self.where("validation")
+        rows = rows if len(rows) else self.where("train")
+        chosen: np.ndarray = rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
+        return chosen
+
     def save(self, folder: Path) -> None:
         """`pixels.npy`, and `rows.json` when all is there."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,11 @@ Ray runs tasks in a thread, whose own arena it trims in any case: each activatio
 then lies on fresh pages, a third of the time of a CNN on a CPU (benchmarks/LOG.md)."""
 
 
-def connect(num_cpus: int | None = None) -> bool:
+def connect(num_cpus: int | None = None, dashboard: bool = False) -> bool:
     """Joins the cluster that `RAY_ADDRESS` names, else starts one here; True if it was started.
 
-    A local one has no dashboard, answers only those who hold the user's token (Ray makes
+    A local one has a dashboard only if asked for (Ray Train wants one: without it, it complains
+    every second), on loopback; it answers only those who hold the user's token (Ray makes
     it in `~/.ray/auth_token`), and uses all CPUs unless `num_cpus` says otherwise.
     `ray job submit` sets `RAY_ADDRESS` for the scripts it starts.
     """
@@ -35,14 +36,15 @@ def connect(num_cpus: int | None = None) -> bool:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for chatty in ("data._internal.progress", "_private.authentication.authentication_token_setup"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)  # warn of what is as it should be
-    env = {"env_vars": {k: v for k, v in KEEP_FREED_MEMORY.items() if k not in os.environ}}
+    wanted = KEEP_FREED_MEMORY | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # it prints every line twice
+    env = {"env_vars": {k: v for k, v in wanted.items() if k not in os.environ}}
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=env)
         return False
     ray.init(
         address="local",
         num_cpus=num_cpus,
-        include_dashboard=False,
+        include_dashboard=dashboard,
         logging_level=logging.WARNING,
         runtime_env=env,
     )
@@ -50,9 +52,9 @@ def connect(num_cpus: int | None = None) -> bool:
 
 
 @contextmanager
-def session(num_cpus: int | None = None) -> Iterator[None]:
+def session(num_cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
     """`connect` for a block; a cluster that was started for it is stopped after it."""
-    started = connect(num_cpus)
+    started = connect(num_cpus, dashboard)
     try:
         yield
     finally:

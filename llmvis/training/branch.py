@@ -131,7 +131,7 @@ class BranchStage:
         with self._steps.averaged():
             for place, part in enumerate(self._loaded.recipe.pairs):
                 before, after = self._loaded.pairs[place]
-                rows = after.where("validation")[:JUDGED]
+                rows = after.judged(JUDGED)
                 source, real = _pixels(before.pixels[rows]), _pixels(after.pixels[rows])
                 latents = torch.from_numpy(self._expected[place][rows]).float().to(self._device)
                 made = self.branch(latents, source.to(self._device)).clamp(0, 1).cpu()

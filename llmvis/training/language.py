@@ -123,7 +123,7 @@ class LanguageStage:
         told, shown = {}, []
         with self._steps.averaged():
             for part, (before, after) in zip(self._loaded.recipe.pairs, self._loaded.pairs, strict=True):
-                rows = after.where("validation")[:JUDGED]
+                rows = after.judged(JUDGED)
                 texts = [part.instructions[-1].replace("{caption}", after.rows[i].caption) for i in rows]
                 source, real = on_white(before.pixels[rows]), on_white(after.pixels[rows])
                 made = self.model.translate(source, texts)
@@ -131,7 +131,7 @@ class LanguageStage:
                 shown += list(zip(source, made, real, strict=True))[:SHOWN]
             if self._loaded.collections:
                 first, style = self._loaded.collections[0], self._loaded.recipe.collections[0].style
-                rows = first.where("validation")[:SHOWN]
+                rows = first.judged(SHOWN)
                 texts = [f"{first.rows[i].caption}, {style}".strip(", ") for i in rows]
                 made = self.model.generate(texts, how=Sampling(steps=8))
                 shown += list(zip(on_white(first.pixels[rows]), made, made, strict=True))

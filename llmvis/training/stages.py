@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,8 +77,7 @@ def make_stage(
     Raises `UserError` where a part that it builds on is missing.
     """
     preset = place.preset
-    side = preset.tokenizer.image_size if name == "tokenize" else _tokenizer(place).config.image_size
-    loaded = load_recipe(place.recipe, side, place.out / "data", max_rows=place.max_rows)
+    loaded = load_recipe(place.recipe, side_of(name, place), place.out / "data", max_rows=place.max_rows)
     if name == "tokenize":
         torch.manual_seed(preset.tokenize.optim.seed)
         model = ImageTokenizer(preset.tokenizer)
@@ -98,6 +98,11 @@ def make_stage(
         raise UserError(f"{place.out} has no language/: train --stage language first")
     whole = load_synthesizer(place.out, device)
     return BranchStage(whole, data, loaded, preset.branch, trunk=load_two_tower().model.trunk, world=world)
+
+
+def side_of(name: str, place: Place) -> int:
+    """Side of the pictures that a stage trains on, px."""
+    return place.preset.tokenizer.image_size if name == "tokenize" else _tokenizer(place).config.image_size
 
 
 def _tokenizer(place: Place) -> ImageTokenizer:
@@ -127,7 +132,7 @@ def train_alone(name: str, place: Place, every: Every, device: str = "cpu") -> N
     place.finish(name, stage)
 
 
-def claim(place: Place, settings: dict[str, object]) -> None:
+def claim(place: Place, settings: dict[str, Any]) -> None:
     """Writes `run.json`, or checks that the run there was begun with these settings."""
     file = place.out / "run.json"
     settings = json.loads(json.dumps(settings))

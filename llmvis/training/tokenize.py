@@ -31,7 +31,7 @@ from llmvis.pictures import Pictures, on_white
 from llmvis.training.common import ALONE, OptimConfig, Optimiser, World, autocast, likeness
 from llmvis.training.views import changed_views, pair_sheet
 
-SHOWN = 24
+JUDGED, SHOWN = 40, 24  # validation pictures of each collection, pictures on a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class TokenizeStage:
         self._generator_steps = Optimiser(self.model, self.optim, world)
         self._judge_steps = Optimiser(self.discriminator, self.optim, world, betas=(0.5, 0.9))
         self._draw = _Draw(collections)
-        self._held = np.concatenate([p.pixels[p.where("validation")] for p, _ in collections])
+        self._held = np.concatenate([p.pixels[p.judged(JUDGED)] for p, _ in collections])
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -156,11 +156,10 @@ class TokenizeStage:
         """PSNR and use of the codebooks on validation pictures; originals above their reconstructions."""
         self.model.eval()
         scores, used, shown = [], [], []
-        some = self._held[np.linspace(0, len(self._held) - 1, min(256, len(self._held))).astype(int)]
         with self._generator_steps.averaged():
-            for at in range(0, len(some), 32):
+            for at in range(0, len(self._held), 32):
                 real = (
-                    torch.from_numpy(on_white(some[at : at + 32]))
+                    torch.from_numpy(on_white(self._held[at : at + 32]))
                     .to(self._device)
                     .permute(0, 3, 1, 2)
                     .float()
