@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -15,18 +18,67 @@ _HEAD = ("pool", "size", "R@1", "R@5", "R@10", "median rank", "random R@10", "sh
 def main() -> None:
     """Command line."""
     config = parse(EvaluateConfig, "python -m jobs.evaluate")
-    from llmvis.models.load import load_encoder
-
-    result = evaluate_retrieval(config, load_encoder(config.encoder, device=config.device))
-    table = Table(*_HEAD, title=f"text → picture, {result['encoder']}")
-    for row in table_rows(result):
-        table.add_row(*row)
-    Console().print(table)
-    for pool, why in result["skipped"].items():
-        print(f"{pool}: left out, {why}")
+    result = _retrieval(config) if config.task == "retrieval" else _synthesis(config)
     if config.json is not None:
         write_json(result, config.json)
         print(f"figures: {config.json}")
+
+
+def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
+    from llmvis.models.load import load_encoder
+
+    result = evaluate_retrieval(config, load_encoder(config.encoder, device=config.device))
+    _print(f"text → picture, {result['encoder']}", _HEAD, table_rows(result))
+    for pool, why in result["skipped"].items():
+        print(f"{pool}: left out, {why}")
+    return result
+
+
+def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
+    from llmvis import evaluation_synthesis as judging
+    from llmvis.models.load import load_encoder
+    from llmvis.models.synthesizer_files import load_synthesizer
+    from llmvis.models.two_tower import load_two_tower
+    from llmvis.recipe import read_recipe
+    from llmvis.report import grids
+
+    model = load_synthesizer(config.model, config.device)
+    judge = judging.Judge(load_encoder(config.encoder), load_two_tower().model)
+
+    def measure(run: judging.Synthesise) -> dict[str, Any]:
+        side, most = model.side, config.max_rows
+        if config.task == "reconstruct":
+            return judging.evaluate_reconstruct(side, run, judge, most)
+        if config.task == "translate":
+            return judging.evaluate_translate(side, run, judge, read_recipe(config.recipe), most)
+        if config.task == "generate":
+            return judging.evaluate_generate(side, run, judge, most=most)
+        return judging.evaluate_caption(side, run, judge, lambda texts: model.words(texts)[0].numpy(), most)
+
+    if config.actors:
+        from llmvis.cluster.evaluate import on_actors
+        from llmvis.cluster.session import session
+
+        with session():
+            result = measure(on_actors(config.model, config.actors, config.gpus_per_actor))
+    else:
+        result = measure(partial(judging.run_rows, model))
+    pictures = result.pop("grids")
+    result |= {"model": config.model or "packaged", "fingerprint": model.fingerprint, "side": model.side}
+    tables = judging.figure_tables(result)
+    for table in tables:
+        _print(f"{config.task}: {table.title}", table.head, table.rows)
+    if config.html is not None:
+        grids(config.html, f"{config.task}: held-out pictures", pictures, tables, note=f"{model.side} px")
+        print(f"page: {config.html}")
+    return result
+
+
+def _print(title: str, head: Any, rows: Any) -> None:
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from llmvis.data import EMOJI_LANGUAGES, load_emoji
 from llmvis.data.openclipart import find_openclipart, load_openclipart
 from llmvis.metrics import mean_and_spread, retrieval_scores, retrieval_summary, target_ranks
 from llmvis.models.protocols import Encoder
+from llmvis.recipe import PACKAGED_RECIPE
 from llmvis.schema import UserError
 
 SHUFFLES = 5
@@ -40,6 +41,8 @@ SHUFFLES = 5
 class EvaluateConfig:
     """Measure a model on held-out data and print its figures beside their controls.
 
+    retrieval judges an encoder; reconstruct, translate, generate and caption a synthesis model.
+
     Examples:
 
       python -m jobs.evaluate --task retrieval --json retrieval.json
@@ -47,14 +50,28 @@ class EvaluateConfig:
       python -m jobs.evaluate --task retrieval --encoder openai/clip-vit-base-patch32
 
       python -m jobs.evaluate --task retrieval --openclipart ~/.cache/llmvis/unpacked/openclipart
+
+      python -m jobs.evaluate --task translate --html translate.html --json translate.json
     """
 
-    task: Literal["retrieval"]
+    task: Literal["retrieval", "reconstruct", "translate", "generate", "caption"]
     """What to measure."""
     encoder: str | None = None
     """Hugging Face name or local folder; default: the packaged two-tower model."""
+    model: str | None = None
+    """Folder of a synthesis model; default: the packaged one."""
+    recipe: str = str(PACKAGED_RECIPE)
+    """YAML whose pairs `translate` judges; default: the packaged ones."""
     json: Path | None = None
     """File for the figures."""
+    html: Path | None = None
+    """Page with figures and the first 24 held-out pictures (not for retrieval)."""
+    max_rows: int | None = None
+    """Judge only so many held-out pictures of each set (a quick look; not for retrieval)."""
+    actors: int = 0
+    """Copies of the synthesis model that work at a time on Ray; 0: one, in this process."""
+    gpus_per_actor: float = 0.0
+    """GPUs for each copy."""
     openclipart: str | None = None
     """Folder of the unpacked Debian packages; default: the cache; without them, two pools are left out."""
     device: str = "cpu"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+import numpy as np
 from PIL import Image
 
 from llmvis.images import ImageError, contact_sheet, decode, thumbnail
@@ -26,6 +27,7 @@ from llmvis.summary import STAGES
 THUMBNAIL_SIDE = 192
 """Longer side of a picture on a page, pixels."""
 
+GRID_COLUMNS = 12
 _LONGEST_TEXT = 300
 
 
@@ -75,6 +77,60 @@ def gallery(
         note: a line under the title, such as the model and the number of pictures.
         job: a job's report (`summary.job_report`), shown at the end.
     """
+    queries_view = [_query_view(q) for q in queries]
+    job_view = _job_view(job) if job else None
+    _write(
+        path, "gallery.html", title=one_line(title), note=one_line(note), queries=queries_view, job=job_view
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureGrid:
+    """Rows of pictures that belong together column by column: rows `(name, uint8 (n, S, S, 3))`."""
+
+    title: str
+    rows: Sequence[tuple[str, np.ndarray]]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureTable:
+    """Figures with a head, cells as they are to be read."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def grids(
+    path: Path,
+    title: str,
+    pictures: Sequence[PictureGrid],
+    tables: Sequence[FigureTable] = (),
+    *,
+    note: str = "",
+) -> None:
+    """Write a page of figures and grids of pictures, such as an evaluation's."""
+    views = [
+        {
+            "title": one_line(grid.title),
+            "blocks": [
+                {
+                    "rows": [
+                        (name, [_data_uri(Image.fromarray(x)) for x in images[at : at + GRID_COLUMNS]])
+                        for name, images in grid.rows
+                    ],
+                    "captions": [one_line(text) for text in grid.captions[at : at + GRID_COLUMNS]],
+                }
+                for at in range(0, len(grid.captions), GRID_COLUMNS)
+            ],
+        }
+        for grid in pictures
+    ]
+    _write(path, "grids.html", title=one_line(title), note=one_line(note), grids=views, tables=tables)
+
+
+def _write(path: Path, template: str, **values: Any) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmvis"),
         autoescape=True,
@@ -82,13 +138,7 @@ def gallery(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("gallery.html").render(
-        title=one_line(title),
-        note=one_line(note),
-        queries=[_query_view(q) for q in queries],
-        job=_job_view(job) if job else None,
-    )
-    Store(path.parent).write(path.name, page.encode())
+    Store(path.parent).write(path.name, environment.get_template(template).render(**values).encode())
 
 
 def sheet(queries: Sequence[QueryResult], path: Path, *, columns: int = 6, cell: int = 160) -> None:
