@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmvis.cluster.train_synthesis import SynthesisTrainConfig, train_synthesis
 from llmvis.models.language import MASKED
 from llmvis.models.synthesizer_files import load_synthesizer
 from llmvis.presets import PRESETS, tiny
@@ -55,6 +57,7 @@ def test_all_stages_leave_a_model_metrics_and_samples(place: Place) -> None:
         losses = [line["loss"] for line in told(place.files_of(stage))]
         assert len(losses) == 4 and losses[-1] < losses[0]
         assert [line["step"] for line in told(place.files_of(stage), "evaluation")] == [20]
+        assert (place.files_of(stage) / "curves.png").stat().st_size > 1000
         assert (place.files_of(stage) / "samples" / "0000020.png").stat().st_size > 1000
     with pytest.raises(UserError, match="is trained"):
         train_alone("language", place, EVERY)
@@ -235,9 +238,19 @@ def test_a_run_on_ray_with_two_workers_outlives_a_killed_worker_and_a_killed_dri
 ) -> None:
     """60 steps on 2 workers: a worker is killed after step 10, the driver after step 30; the end is as unbroken."""
     out = tmp_path / "run"
-    log = (tmp_path / "log").open("w")
+    config = SynthesisTrainConfig(
+        stage="tokenize",
+        preset="tiny",
+        out=str(out),
+        workers=2,
+        steps=60,
+        max_rows=ROWS,
+        log_every=5,
+        save_every=10,
+    )
     args = command(out, "--workers", "2", "--steps", "60")
-    first = subprocess.Popen(args, stdout=log, stderr=log, start_new_session=True)
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(args, stdout=log, stderr=log, start_new_session=True)
     metrics = out / "train-tokenize" / "metrics.jsonl"
     try:
         wait_for(lambda: reached(metrics, 15), first)
@@ -263,10 +276,11 @@ def test_a_run_on_ray_with_two_workers_outlives_a_killed_worker_and_a_killed_dri
     assert mine[60] == pytest.approx(theirs[60], rel=0.1)  # rank 0's half of the batch against the whole
     assert list((out / "train-tokenize" / "tensorboard").glob("events*"))
 
-    again = subprocess.run(args, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 1 and "trained already" in again.stderr
-    other = subprocess.run([*args, "--seed", "9"], capture_output=True, text=True, timeout=120)
-    assert other.returncode == 1
+    with pytest.raises(UserError, match="trained already"):
+        train_synthesis(config)
+    shutil.rmtree(out / "tokenizer")
+    with pytest.raises(UserError, match="another preset"):
+        train_synthesis(replace(config, seed=9))
 
 
 def reached(metrics: Path, step: int) -> bool:

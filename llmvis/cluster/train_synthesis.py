@@ -66,6 +66,8 @@ class SynthesisTrainConfig:
     """"packaged" (MiniLM), a folder, or a Hugging Face name of a masked language model; default: the preset's."""
     freeze_layers: int = 0
     """Layers of the language model, from the bottom, that stay as they are."""
+    freeze_encoder: bool = False
+    """With --start: train the tokeniser's decoder alone, so that code words stay what they are."""
     workers: int = 1
     """Training processes; a batch is split over them. 0 trains in this process, without Ray."""
     min_workers: int | None = None
@@ -96,6 +98,7 @@ class SynthesisTrainConfig:
         """What is trained, where."""
         preset = PRESETS[self.preset]().changed(steps=self.steps, batch_size=self.batch_size, seed=self.seed)
         preset = replace(preset, language=replace(preset.language, freeze_layers=self.freeze_layers))
+        preset = replace(preset, tokenize=replace(preset.tokenize, freeze_encoder=self.freeze_encoder))
         if self.language_model is not None:
             preset = replace(preset, language_model=self.language_model)
         start = Path(self.start).resolve() if self.start else None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from llmvis.models.efficientnet import EfficientNetLite0
 from llmvis.schema import UserError
+from llmvis.training.curves import draw_curves
 
 STATE, TOLD = "state.safetensors", "state.json"
 
@@ -251,7 +252,7 @@ def fit(
 
 
 class Files:
-    """A run's files: `metrics.jsonl`, `samples/*.png`, and `state/step-N` folders, the last two of them."""
+    """A run's files: `metrics.jsonl`, `curves.png`, `samples/*.png`, and the last two `state/step-N`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -269,6 +270,7 @@ class Files:
         self.tell(step, told, "evaluation")
         if picture is not None:
             picture.save(self.out / "samples" / f"{step:07}.png")
+        draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
 
     def keep(self, stage: Stage, step: int) -> None:
         """Saves the state; a half-written one is never taken for a whole one."""

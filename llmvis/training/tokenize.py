@@ -44,6 +44,8 @@ class TokenizeConfig:
     gan: float = 0.2
     gan_start: float = 0.6
     """Share of the steps after which the discriminator's word counts."""
+    freeze_encoder: bool = False
+    """Train the decoder alone: code words, and a language model that knows them, stay good."""
 
 
 class TokenizeStage:
@@ -65,6 +67,7 @@ class TokenizeStage:
         device: str = "cpu",
     ) -> None:
         self.config, self.optim, self._world, self._device = config, config.optim, world, device
+        model.encoder.requires_grad_(not config.freeze_encoder)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = PatchDiscriminator().to(device)
         self._trunk = trunk.eval().requires_grad_(False).to(device) if trunk is not None else None
