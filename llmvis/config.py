@@ -142,7 +142,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Encode, index and search the packaged collection; leaves index.html to look at. Takes minutes, once.
+    """Encode, index and search the packaged collection, translate and generate; leaves index.html to look at. Takes minutes, once.
 
     For example:
 

@@ -131,8 +131,12 @@ def load_collection(part: Collection, side: int, map_rows: MapRows = map) -> Pic
     return _fitted(_listed(part.images), side, False, map_rows)
 
 
-def load_pairs(part: Pairs, side: int, map_rows: MapRows = map) -> tuple[Pictures, Pictures]:
+def load_pairs(
+    part: Pairs, side: int, map_rows: MapRows = map, split: str | None = None
+) -> tuple[Pictures, Pictures]:
     """Sources and targets, row by row; a pair of which one side is missing or bad is left out of both.
+
+    split: only this one; None: all.
 
     Raises `UserError` where no two pictures belong together.
     """
@@ -142,6 +146,8 @@ def load_pairs(part: Pairs, side: int, map_rows: MapRows = map) -> tuple[Picture
         raise UserError(
             f"pairs {part.name!r}: no picture of {part.source} has one of the same name in {part.target}"
         )
+    if split is not None:
+        both = [key for key in both if _joined(source[key][0].split, target[key][0].split) == split]
     sides = [_fitted([listed[key] for key in both], side, part.box, map_rows) for listed in (source, target)]
     shared = {row.id for row in sides[0].rows} & {row.id for row in sides[1].rows}
     for pictures in sides:

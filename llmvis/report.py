@@ -47,6 +47,15 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PictureGrid:
+    """Rows of pictures that belong together column by column: rows `(name, uint8 (n, S, S, 3))`."""
+
+    title: str
+    rows: Sequence[tuple[str, np.ndarray]]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class QueryResult:
     """A question and its answers, best first.
 
@@ -66,6 +75,7 @@ def gallery(
     title: str,
     *,
     note: str = "",
+    pictures: Sequence[PictureGrid] = (),
     job: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a page with the answers to `queries`.
@@ -75,22 +85,14 @@ def gallery(
         path: the HTML file; its folder is made. It appears complete or not at all.
         title: of the page.
         note: a line under the title, such as the model and the number of pictures.
+        pictures: shown after the answers.
         job: a job's report (`summary.job_report`), shown at the end.
     """
-    queries_view = [_query_view(q) for q in queries]
-    job_view = _job_view(job) if job else None
     _write(
-        path, "gallery.html", title=one_line(title), note=one_line(note), queries=queries_view, job=job_view
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureGrid:
-    """Rows of pictures that belong together column by column: rows `(name, uint8 (n, S, S, 3))`."""
-
-    title: str
-    rows: Sequence[tuple[str, np.ndarray]]
-    captions: Sequence[str]
+        path, "gallery.html", title=one_line(title), note=one_line(note),
+        queries=[_query_view(q) for q in queries], grids=[_grid_view(grid) for grid in pictures],
+        job=_job_view(job) if job else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,23 +113,17 @@ def grids(
     note: str = "",
 ) -> None:
     """Write a page of figures and grids of pictures, such as an evaluation's."""
-    views = [
-        {
-            "title": one_line(grid.title),
-            "blocks": [
-                {
-                    "rows": [
-                        (name, [_data_uri(Image.fromarray(x)) for x in images[at : at + GRID_COLUMNS]])
-                        for name, images in grid.rows
-                    ],
-                    "captions": [one_line(text) for text in grid.captions[at : at + GRID_COLUMNS]],
-                }
-                for at in range(0, len(grid.captions), GRID_COLUMNS)
-            ],
-        }
-        for grid in pictures
-    ]
+    views = [_grid_view(grid) for grid in pictures]
     _write(path, "grids.html", title=one_line(title), note=one_line(note), grids=views, tables=tables)
+
+
+def _grid_view(grid: PictureGrid) -> dict[str, Any]:
+    blocks = []
+    for at in range(0, len(grid.captions), GRID_COLUMNS):
+        some = slice(at, at + GRID_COLUMNS)
+        rows = [(name, [_data_uri(Image.fromarray(x)) for x in images[some]]) for name, images in grid.rows]
+        blocks.append({"rows": rows, "captions": [one_line(text) for text in grid.captions[some]]})
+    return {"title": one_line(grid.title), "blocks": blocks}
 
 
 def _write(path: Path, template: str, **values: Any) -> None:

@@ -260,7 +260,7 @@ class Files:
 
     def tell(self, step: int, told: Told, kind: str = "train") -> None:
         """One line of JSON, and one for people."""
-        line = {"step": step, "kind": kind} | {k: round(v, 6) for k, v in told.items()}
+        line = {"step": step, "kind": kind, "time": time.time()} | {k: round(v, 6) for k, v in told.items()}
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{kind} {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in told.items()), flush=True)

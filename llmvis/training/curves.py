@@ -7,7 +7,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-HIDDEN = {"steps_per_second", "gan_weight"}
+HIDDEN = {"time", "steps_per_second", "gan_weight"}
 
 
 def draw_curves(metrics: Path, out: Path) -> bool:
