@@ -64,6 +64,8 @@ def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
     else:
         result = measure(partial(judging.run_rows, model))
     pictures = result.pop("grids")
+    if config.task == "generate" and config.html is not None:
+        pictures += _why(model, judge, pictures[0])
     result |= {"model": config.model or "packaged", "fingerprint": model.fingerprint, "side": model.side}
     tables = judging.figure_tables(result)
     for table in tables:
@@ -72,6 +74,18 @@ def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
         grids(config.html, f"{config.task}: held-out pictures", pictures, tables, note=f"{model.side} px")
         print(f"page: {config.html}")
     return result
+
+
+def _why(model: Any, judge: Any, generated: Any) -> list[Any]:
+    """Heat maps over what was generated; Grad-CAM only of an encoder of ours."""
+    from llmvis.evaluation_why import attention_grid, saliency_grid
+    from llmvis.models.two_tower import TwoTowerEncoder
+
+    made, captions = generated.rows[0][1], list(generated.captions)
+    grids = [attention_grid(model, x, text) for x, text in zip(made[:3], captions[:3], strict=True)]
+    if isinstance(judge.encoder, TwoTowerEncoder):
+        grids.append(saliency_grid(judge.encoder, made, captions))
+    return grids
 
 
 def _print(title: str, head: Any, rows: Any) -> None:

@@ -15,7 +15,7 @@ LAYERS = [  # from the bottom; a module may import from its own layer and those 
     {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"},
     {"models"},
     {"encode", "search", "augment", "align_data", "pictures", "synthesis_data", "training", "presets"}
-    | {"evaluation", "evaluation_synthesis", "explain", "report", "entry"},
+    | {"evaluation", "evaluation_synthesis", "evaluation_why", "explain", "report", "entry"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]
