@@ -20,7 +20,7 @@ from llmvis.search import Query, pictures, query_vector, search
 from llmvis.sources import EMBEDDED
 from llmvis.storage import Store
 
-SHOWN = 12  # pictures of each kind, the first ones
+SHOWN = 12  # pictures of each kind
 QUERIES = (
     ("en", "a red flower"),
     ("en", "something hot to drink in the morning"),
@@ -60,16 +60,18 @@ def run_demo(config: DemoConfig) -> None:
 
 
 def _synthesised(model: Synthesizer) -> list[PictureGrid]:
-    """The first held-out line drawings coloured, emoji redrawn, and pictures made from held-out names."""
+    """Held-out line drawings coloured, emoji redrawn, and pictures made from held-out names; spread, not picked."""
     grids = []
     for part in read_recipe().pairs:
         before, after = load_pairs(part, model.side, split="test")
-        source, real = (on_white(np.array(side.pixels[:SHOWN])) for side in (before, after))
-        captions = [row.caption for row in after.rows[:SHOWN]]
+        rows = np.linspace(0, len(after.rows) - 1, SHOWN).astype(int)
+        source, real = (on_white(side.pixels[rows]) for side in (before, after))
+        captions = [after.rows[i].caption for i in rows]
         told = [part.instructions[-1].replace("{caption}", caption) for caption in captions]
-        rows = [("source", source), ("made", model.translate(source, told)), ("real", real)]
-        grids.append(PictureGrid(title=f"Translated: {part.instructions[0]}", rows=rows, captions=captions))
-    emoji = load_emoji("test", columns=["caption"])["caption"].to_pylist()[:SHOWN]
-    generated = model.generate([f"{caption}, Noto emoji" for caption in emoji])
-    grids.append(PictureGrid(title="Generated from words", rows=[("made", generated)], captions=emoji))
+        shown = [("source", source), ("made", model.translate(source, told)), ("real", real)]
+        grids.append(PictureGrid(title=f"Translated: {part.instructions[0]}", rows=shown, captions=captions))
+    names = load_emoji("test", columns=["caption"])["caption"].to_pylist()
+    captions = [names[i] for i in np.linspace(0, len(names) - 1, SHOWN).astype(int)]
+    generated = model.generate([f"{caption}, Noto emoji" for caption in captions])
+    grids.append(PictureGrid(title="Generated from words", rows=[("made", generated)], captions=captions))
     return grids
