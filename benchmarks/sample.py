@@ -35,7 +35,7 @@ class Config:
     """Times that request and floor run, in turn."""
     steps: int = 12
     """Decoding steps of a picture."""
-    guidance: float = 2.0
+    guidance: float = 3.0
     """0 halves the passes."""
     device: str = "cpu"
     """cpu or cuda."""
