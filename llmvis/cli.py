@@ -86,7 +86,11 @@ def run_demo(config: DemoConfig) -> None:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {
     "search": (SearchConfig, run_search, "find pictures by text, by picture, or both"),
-    "demo": (DemoConfig, run_demo, "the packaged collection, searched; pictures translated and generated: a page to look at"),
+    "demo": (
+        DemoConfig,
+        run_demo,
+        "the packaged collection, searched; pictures translated and generated: a page to look at",
+    ),
 }
 
 

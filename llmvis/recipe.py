@@ -14,6 +14,7 @@ or by path without its ending (folders). Knows no pictures, no torch, no Ray.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +71,8 @@ class Recipe:
         if any(self.tasks.get(task) for task in TASKS if task != "translate") and not self.collections:
             raise UserError("generate, inpaint and caption need collections")
         names = [part.name for part in self.collections] + [part.name for part in self.pairs]
+        if wrong := [name for name in names if not re.fullmatch(r"\w[\w -]*", name)]:  # they become folders
+            raise UserError(f"a part's name is letters, digits, spaces and hyphens, not {wrong[0]!r}")
         if len(set(names)) < len(names):
             raise UserError("two parts of a recipe have one name")
 

@@ -38,6 +38,7 @@ def test_the_packaged_recipe_reads() -> None:
         ("collections: [{name: a, images: emoji, side: 4}]", "unexpected keyword argument 'side'"),
         ("pictures: []", "must hold collections, pairs, tasks, not pictures"),
         ("collections: [{name: a, images: emoji}, {name: a, images: twemoji}]", "one name"),
+        ("collections: [{name: ../a, images: emoji}]", "letters, digits"),
         ("[1", "recipe.yaml"),
     ],
 )
