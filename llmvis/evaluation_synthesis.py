@@ -143,6 +143,11 @@ def held_out(pictures: Pictures, most: int | None) -> tuple[np.ndarray, list[str
     return on_white(np.array(pictures.pixels[rows])), [pictures.rows[i].caption for i in rows]
 
 
+def spread(pictures: np.ndarray, most: int) -> np.ndarray:
+    """As many pictures, spread over all."""
+    return np.asarray(pictures[np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)])
+
+
 def nearest(sources: np.ndarray, known: np.ndarray) -> np.ndarray:
     """For each of `sources` the row of `known` that is nearest in pixels: int64 (N,)."""
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (sources, known))
@@ -206,7 +211,7 @@ def evaluate_translate(
         splits[part.name] = scored.pop("translated") | {
             "pool": len(real),
             "seconds": seconds["translated"],
-            "fd_lite0_floor": frechet_distance(judge.features(answers[: len(real)]), real_features),
+            "fd_lite0_floor": frechet_distance(judge.features(spread(answers, len(real))), real_features),
             "ways": {
                 name: scored.pop(name) | {"seconds": seconds[name]} for name in made if name != "translated"
             },
@@ -252,7 +257,7 @@ def evaluate_generate(
 
     own = score(texts, judge.embed(made), captions)
     controls = own.pop("controls") | {"without_words": judged(wordless), "real": judged(real)}
-    some = known[:: max(1, len(known) // len(real))]
+    some = spread(known, len(real))
     controls["train"] = {"fd_lite0": frechet_distance(judge.features(some), real_features)}
     own |= {
         "fd_lite0": frechet_distance(judge.features(made), real_features),

@@ -181,7 +181,7 @@ def _fitted(listed: Sequence[tuple[Row, bytes]], side: int, box: bool, map_rows:
 
 def _keyed(images: str) -> Iterator[tuple[str, tuple[Row, bytes]]]:
     for row, data in _listed(images):
-        key = row.id if _is_packaged(images) else str(PurePosixPath(row.id).with_suffix(""))
+        key = row.id if _is_packaged(images) else _stem(row.id)
         yield key, (Row(key, row.caption, row.keywords, row.group, row.split), data)
 
 
@@ -231,9 +231,15 @@ def _packaged(table: pa.Table) -> list[tuple[Row, bytes]]:
     ]
 
 
+def _stem(path: str) -> str:
+    """A picture's path without its ending; a row of a Parquet file (`a.parquet#17`) is its number."""
+    _, row, number = path.rpartition(".parquet#")
+    return number if row else str(PurePosixPath(path).with_suffix(""))
+
+
 def _split_of(path: str) -> str:
     """Split of a user's picture, from its path without the ending, for ever."""
-    key = str(PurePosixPath(path).with_suffix(""))
+    key = _stem(path)
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return (
         "test" if place < TEST_SHARE else "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"

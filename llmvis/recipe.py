@@ -70,6 +70,8 @@ class Recipe:
             raise UserError("the task translate needs pairs")
         if any(self.tasks.get(task) for task in TASKS if task != "translate") and not self.collections:
             raise UserError("generate, inpaint and caption need collections")
+        if not all(part.instructions for part in self.pairs):
+            raise UserError("instructions is a list of texts, with at least one")
         names = [part.name for part in self.collections] + [part.name for part in self.pairs]
         if wrong := [name for name in names if not re.fullmatch(r"\w[\w -]*", name)]:  # they become folders
             raise UserError(f"a part's name is letters, digits, spaces and hyphens, not {wrong[0]!r}")
@@ -98,6 +100,8 @@ def read_recipe(file: Path | str = PACKAGED_RECIPE) -> Recipe:
 
 
 def _part(kind: type[PartT], row: dict[str, Any], file: Path | str) -> PartT:
+    if isinstance(row.get("instructions"), str):
+        raise UserError(f"{file}: instructions is a list of texts, with at least one")
     try:
         return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
     except TypeError as error:

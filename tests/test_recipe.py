@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -39,6 +41,10 @@ def test_the_packaged_recipe_reads() -> None:
         ("pictures: []", "must hold collections, pairs, tasks, not pictures"),
         ("collections: [{name: a, images: emoji}, {name: a, images: twemoji}]", "one name"),
         ("collections: [{name: ../a, images: emoji}]", "letters, digits"),
+        (
+            "pairs: [{name: a, source: x, target: y, instructions: paint it}]\ntasks: {translate: 1}",
+            "a list of texts",
+        ),
         ("[1", "recipe.yaml"),
     ],
 )
@@ -66,6 +72,22 @@ def test_a_user_s_pairs_meet_by_name_and_take_the_captions(tmp_path: Path) -> No
     assert 0 < len(before.where("train")) < 26 + 1
     with pytest.raises(UserError, match="no picture of"):
         load_pairs(Pairs(name="x", source=str(source), target="twemoji", instructions=("y",)), 32)
+
+
+def test_rows_of_a_parquet_file_are_split_and_paired_by_their_number(tmp_path: Path) -> None:
+    data = painted(tmp_path / "x", ["p.png"], (9, 9, 9)).joinpath("p.png").read_bytes()
+    for name in ("before", "after"):
+        rows = [{"image": {"bytes": data, "path": None}, "caption": f"c{i}"} for i in range(200)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    part = Pairs(
+        name="p",
+        source=str(tmp_path / "before.parquet"),
+        target=str(tmp_path / "after.parquet"),
+        instructions=("paint",),
+    )
+    before, _ = load_pairs(part, 8)
+    assert [row.caption for row in before.rows] == [f"c{i}" for i in range(200)]
+    assert 160 < len(before.where("train")) < 198 and len(before.where("test"))
 
 
 def test_held_out_groups_are_the_same_in_every_hand() -> None:
