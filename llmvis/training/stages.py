@@ -82,7 +82,7 @@ def make_stage(
         torch.manual_seed(preset.tokenize.optim.seed)
         model = ImageTokenizer(preset.tokenizer)
         if place.start is not None:
-            model = load_tokenizer(place.start / "tokenizer")
+            model = _started(place)
         trunk = load_two_tower().model.trunk
         return TokenizeStage(
             model, loaded.weighted(), preset.tokenize, trunk=trunk, world=world, device=device
@@ -102,7 +102,14 @@ def make_stage(
 
 def side_of(name: str, place: Place) -> int:
     """Side of the pictures that a stage trains on, px."""
-    return place.preset.tokenizer.image_size if name == "tokenize" else _tokenizer(place).config.image_size
+    if name == "tokenize" and place.start is None:
+        return place.preset.tokenizer.image_size
+    return _tokenizer(place).config.image_size if name != "tokenize" else _started(place).config.image_size
+
+
+def _started(place: Place) -> ImageTokenizer:
+    assert place.start is not None
+    return load_tokenizer(place.start / "tokenizer")
 
 
 def _tokenizer(place: Place) -> ImageTokenizer:
@@ -117,7 +124,8 @@ def _tokenizer(place: Place) -> ImageTokenizer:
 def _begun(place: Place, tokenizer: ImageTokenizer, device: str) -> Synthesizer:
     """A synthesiser whose language model is a pre-trained one, or that of `start`."""
     if place.start is not None:
-        return load_synthesizer(place.start, device)
+        started = load_synthesizer(place.start, device)
+        return Synthesizer(tokenizer, started.language, started.words, device=device)
     torch.manual_seed(place.preset.language.optim.seed)
     config = LanguageConfig.of(tokenizer.config, place.preset.language_model, place.preset.words)
     return Synthesizer(tokenizer, *new_language(config, tokenizer), device=device)
