@@ -240,9 +240,9 @@ def evaluate_generate(
     side: int, run: Synthesise, judge: Judge, style: str = "Noto emoji", most: int | None = None
 ) -> dict[str, Any]:
     """Held-out names → pictures, judged by text search among them; real pictures are the ceiling."""
-    real, captions = held_out(load_collection(Collection(name="noto", images="emoji"), side), most)
-    train = load_collection(Collection(name="noto", images="emoji"), side)
-    known = on_white(np.array(train.pixels[train.where("train")]))
+    everything = load_collection(Collection(name="noto", images="emoji"), side)
+    real, captions = held_out(everything, most)
+    known = on_white(np.array(everything.pixels[everything.where("train")]))
     seeds = list(range(len(captions)))
     begun = time.perf_counter()
     made = np.stack(run("generate", Rows([f"{caption}, {style}" for caption in captions], None, seeds)))

@@ -82,7 +82,7 @@ def test_a_state_of_other_settings_is_refused(place: Place, tmp_path: Path) -> N
         load_state(make_stage("tokenize", replace(place, preset=other)), tmp_path)
     with pytest.raises(UserError, match="another max_rows"):
         for rows in (1, 2):
-            claim(replace(place, out=tmp_path / "claimed"), {"max_rows": rows})
+            claim(replace(place, out=tmp_path / "claimed", max_rows=rows))
 
 
 class Meeting:

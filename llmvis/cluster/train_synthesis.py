@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,11 +124,7 @@ def train_synthesis(config: SynthesisTrainConfig) -> Path:
             break
     else:
         raise UserError(f"{place.out} is trained already: take it, or give another --out")
-    settings = {
-        "preset": asdict(place.preset), "recipe": place.recipe.describe(),
-        "start": config.start, "max_rows": config.max_rows,
-    }  # fmt: skip
-    claim(place, settings)
+    claim(place)
     for name in names:
         if place.is_done(name):
             continue

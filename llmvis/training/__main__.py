@@ -7,7 +7,6 @@ as `python -m jobs.train`; run again, it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from llmvis.entry import entry
@@ -36,9 +35,7 @@ def main() -> None:
         out=given.out.resolve(), preset=preset, recipe=read_recipe(given.recipe),
         start=given.start and given.start.resolve(), max_rows=given.max_rows,
     )  # fmt: skip
-    start = str(given.start) if given.start else None
-    settings = {"preset": asdict(preset), "recipe": place.recipe.describe(), "start": start}
-    claim(place, settings | {"max_rows": given.max_rows})
+    claim(place)
     for stage in STAGES if given.stage == "all" else (given.stage,):
         if not place.is_done(stage):
             train_alone(stage, place, Every(evaluate=given.evaluate_every), given.device)

@@ -80,7 +80,7 @@ class LanguageStage:
         rng = np.random.default_rng([self.optim.seed, number])
         torch.manual_seed(self.optim.seed * 1_000_003 + number * 1009 + self._world.rank)  # dropout
         self.model.language.train()
-        sums = torch.zeros(4, device=self._device)
+        sums = torch.zeros(3, device=self._device)
         for _ in range(self.optim.accumulate):
             batch = self._data.batch(rng, self.optim.batch_size, self.config.drop_words)
             parts = self._losses(batch, rng)
@@ -88,7 +88,7 @@ class LanguageStage:
             sums += torch.stack([p.detach() for p in parts]) / self.optim.accumulate
         told = [sums]
         self._world.mean(told)
-        loss, code, words, _ = told[0].tolist()
+        loss, code, words = told[0].tolist()
         return {"loss": loss, "code_loss": code, "word_loss": words, "norm": self._steps.update(number)}
 
     def _losses(self, batch: Batch, rng: np.random.Generator) -> list[Tensor]:
@@ -114,7 +114,7 @@ class LanguageStage:
         word_entropy[hidden_words] = F.cross_entropy(said, words[hidden_words], reduction="none")
         word_rows = word_entropy.sum(1) / hidden_words.sum(1).clamp(min=1)
         code, word = code_rows.mean(), word_rows.mean()
-        return [code + self.config.word_weight * word, code, word, code]
+        return [code + self.config.word_weight * word, code, word]
 
     @torch.inference_mode()
     def evaluate(self) -> tuple[dict[str, float], Image.Image | None]:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -80,9 +79,8 @@ def make_stage(
     loaded = load_recipe(place.recipe, side_of(name, place), place.out / "data", max_rows=place.max_rows)
     if name == "tokenize":
         torch.manual_seed(preset.tokenize.optim.seed)
-        model = ImageTokenizer(preset.tokenizer)
-        if place.start is not None:
-            model = _started(place)
+        begun = place.start and load_tokenizer(place.start / "tokenizer")
+        model = begun or ImageTokenizer(preset.tokenizer)
         trunk = load_two_tower().model.trunk
         return TokenizeStage(
             model, loaded.weighted(), preset.tokenize, trunk=trunk, world=world, device=device
@@ -102,14 +100,11 @@ def make_stage(
 
 def side_of(name: str, place: Place) -> int:
     """Side of the pictures that a stage trains on, px."""
-    if name == "tokenize" and place.start is None:
-        return place.preset.tokenizer.image_size
-    return _tokenizer(place).config.image_size if name != "tokenize" else _started(place).config.image_size
-
-
-def _started(place: Place) -> ImageTokenizer:
-    assert place.start is not None
-    return load_tokenizer(place.start / "tokenizer")
+    if name != "tokenize":
+        return _tokenizer(place).config.image_size
+    if place.start is not None:
+        return load_tokenizer(place.start / "tokenizer").config.image_size
+    return place.preset.tokenizer.image_size
 
 
 def _tokenizer(place: Place) -> ImageTokenizer:
@@ -140,10 +135,16 @@ def train_alone(name: str, place: Place, every: Every, device: str = "cpu") -> N
     place.finish(name, stage)
 
 
-def claim(place: Place, settings: dict[str, Any]) -> None:
-    """Writes `run.json`, or checks that the run there was begun with these settings."""
+def claim(place: Place) -> None:
+    """Writes `run.json`, or checks that the run there was begun with the same preset, recipe, start and rows."""
     file = place.out / "run.json"
-    settings = json.loads(json.dumps(settings))
+    told_of = {
+        "preset": asdict(place.preset),
+        "recipe": place.recipe.describe(),
+        "start": str(place.start) if place.start else None,
+        "max_rows": place.max_rows,
+    }
+    settings = json.loads(json.dumps(told_of))
     if file.exists():
         told = json.loads(file.read_text())
         if told != settings:
