@@ -49,7 +49,7 @@ def rate(config: Config, workers: int) -> float:
         *(sys.executable, "-m", "jobs.train", "--stage", "tokenize", "--out", str(out)),
         *("--workers", str(workers), "--preset", config.preset, "--steps", str(config.steps)),
         *("--batch-size", str(config.batch_size), "--max-rows", str(config.max_rows)),
-        *("--log-every", "10", "--save-every", "60", "--evaluate-every", str(10**6)),
+        *("--log-every", "10", "--save-every", "60", "--evaluate-every", str(10**6), "--threads", "1"),
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=env, capture_output=True)

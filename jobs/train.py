@@ -10,7 +10,7 @@ from llmvis.cluster.train import TrainConfig, train
 from llmvis.cluster.train_synthesis import SynthesisTrainConfig, train_synthesis
 from llmvis.config import parse
 from llmvis.entry import entry
-from llmvis.training.stages import STAGES
+from llmvis.training.stages import CHOICES
 
 PROG = "python -m jobs.train"
 
@@ -20,7 +20,7 @@ def main() -> None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--stage")
     stage = early.parse_known_args()[0].stage
-    if stage in (*STAGES, "all"):
+    if stage in CHOICES:
         synthesis = parse(SynthesisTrainConfig, PROG)
         if synthesis.workers == 0:
             print(f"model: {train_synthesis(synthesis)}")
@@ -29,7 +29,9 @@ def main() -> None:
             print(f"model: {train_synthesis(synthesis)}")
         return
     if stage is None and "--help" in sys.argv:
-        print(f"{PROG} --stage tokenize|language|branch|all --help tells of the synthesis model's stages.\n")
+        print(
+            f"{PROG} --stage tokenize|language|branch|restore|all --help tells of the synthesis model's stages.\n"
+        )
     align = parse(TrainConfig, PROG)
     with session(dashboard=True):
         folder = train(align)

@@ -1,8 +1,9 @@
 """Small pictures for training a synthesis model, in memory: from a recipe's names to RGBA arrays.
 
 A picture is fitted whole into a square, the rest transparent; alpha stays, so that training
-can change the ground. Rows carry words, leak group and split. Bad pictures are counted and
-left out. Knows no models, no Ray.
+can change the ground. Rows carry words, leak group and split. Bad pictures are counted by
+reason and left out. Encoded pictures are read as they are needed and never held all at once.
+Knows no models, no Ray.
 
 Shape legend: N pictures, S side in pixels.
 """
@@ -10,11 +11,11 @@ Shape legend: N pictures, S side in pixels.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,15 +23,18 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from llmvis.data import load_emoji
+from llmvis.data import emoji_path, load_emoji
 from llmvis.data.openclipart import find_openclipart, load_openclipart
-from llmvis.data.styles import STYLES, load_style
+from llmvis.data.styles import STYLES, load_style, styles_path
+from llmvis.images import ImageError, decode
 from llmvis.recipe import Collection, Pairs
 from llmvis.schema import ItemError, UserError
 from llmvis.sources import open_reader, open_source
 
 VALIDATION_SHARE, TEST_SHARE = 0.05, 0.05  # of a user's own collection
 MARGIN = 0.04  # of the side, around what is drawn, where a picture is cut to its box
+READ = 1024  # pictures that a reader is asked for at a time
+WORDS = ["id", "caption", "keywords", "group", "split"]  # columns of a packaged set
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Pictures:
 
     pixels: np.ndarray  # uint8 (N, S, S, 4)
     rows: list[Row]
-    left_out: dict[str, int] = field(default_factory=dict)  # reason → count
+    left_out: dict[str, int] = field(default_factory=dict)  # `schema.Reason` → count
 
     def where(self, split: str) -> np.ndarray:
         """Indices of a split: int64 (n,)."""
@@ -81,22 +85,20 @@ class Pictures:
 
 
 Fitted = np.ndarray | str
-"""`uint8 (S, S, 4)`, or why there is none."""
+"""`uint8 (S, S, 4)`, or the `Reason` why there is none."""
 MapRows = Callable[[Callable[[bytes], Fitted], Iterable[bytes]], Iterator[Fitted]]
 """Applies a function to each of many encoded pictures, in order: `map`, or a cluster's."""
 
 
 def fit(data: bytes, side: int, box: bool = False) -> Fitted:
-    """Encoded picture → `uint8 (side, side, 4)`, whole and centred on transparent ground.
+    """Encoded picture → `uint8 (side, side, 4)`, upright, whole and centred on transparent ground.
 
     box: cut away what is transparent or white all around first.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data)).convert("RGBA")
-    except Exception as error:  # noqa: BLE001 - Pillow's plugins raise anything on hostile bytes
-        return type(error).__name__
+        image = decode(data, background=None).image
+    except ImageError as error:
+        return str(error.reason)
     if box:
         image = _cut(image)
     inner = round(side * (1 - 2 * MARGIN)) if box else side
@@ -126,109 +128,170 @@ def on_white(pixels: np.ndarray) -> np.ndarray:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def load_collection(part: Collection, side: int, map_rows: MapRows = map) -> Pictures:
-    """All pictures of a collection, every split."""
-    return _fitted(_listed(part.images), side, False, map_rows)
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What lies in a set of pictures, before any is read.
+
+    read: encoded pictures of some rows, in order, or why one can't be had.
+    left_out: what the listing itself found bad.
+    digest: of everything that the listing knows: names, sizes, times, captions.
+    """
+
+    images: str
+    rows: list[Row]
+    read: Callable[[Sequence[int]], Iterator[bytes | ItemError]]
+    left_out: dict[str, int] = field(default_factory=dict)
+    digest: str
+
+
+def list_pictures(images: str) -> Listed:
+    """Rows of a packaged set, or of a user's collection; raises `UserError` where it is not at hand."""
+    if images == "emoji":
+        return _packaged(images, lambda columns: load_emoji(columns=columns), emoji_path())
+    if images in STYLES:
+        return _packaged(images, lambda columns: load_style(images, columns=columns), styles_path())
+    if images == "openclipart":
+        if (root := find_openclipart()) is None:
+            raise UserError("openclipart is not at hand: run jobs.train --stage align --download once")
+        return _packaged(images, lambda columns: load_openclipart(root), None)
+    source = open_source(images)
+    told = source.describe()
+    reader = open_reader(told)
+    digest = hashlib.sha256(json.dumps(told).encode())
+    rows, locators, left_out = [], list[bytes](), Counter[str]()
+    for table in source.listing():
+        for row in table.to_pylist():
+            digest.update(repr([row[f] for f in ("path", "size", "mtime_ns", "reason")]).encode())
+            if row["reason"] is not None:
+                left_out[row["reason"]] += 1
+                continue
+            caption = row["caption"]
+            if caption is None and row["caption_locator"] is not None:
+                caption = reader.read_caption(row["caption_locator"])
+            digest.update(repr(caption).encode())
+            path = str(row["path"])
+            rows.append(Row(path, caption or "", (), path, _split_of(path)))
+            locators.append(row["locator"])
+
+    def read(wanted: Sequence[int]) -> Iterator[bytes | ItemError]:
+        for at in range(0, len(wanted), READ):
+            yield from reader.read([locators[i] for i in wanted[at : at + READ]])
+
+    return Listed(images=images, rows=rows, read=read, left_out=left_out, digest=digest.hexdigest())
+
+
+def _packaged(images: str, load: Callable[[list[str]], pa.Table], file: Path | None) -> Listed:
+    """A set with its own columns of words; `file` is where it lies, if it is a single one."""
+    told = load(WORDS).select(WORDS).to_pylist()
+    rows = [Row(r["id"], r["caption"], tuple(r["keywords"] or ()), r["group"], r["split"]) for r in told]
+    digest = hashlib.sha256(repr(rows).encode())
+    if file is not None:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+
+    def read(wanted: Sequence[int]) -> Iterator[bytes]:
+        pictures = load(["image"])["image"]
+        for i in wanted:
+            yield pictures[i].as_py()["bytes"]
+
+    return Listed(images=images, rows=rows, read=read, digest=digest.hexdigest())
+
+
+def load_collection(
+    part: Collection,
+    side: int,
+    map_rows: MapRows = map,
+    *,
+    most: int | None = None,
+    listed: Listed | None = None,
+) -> Pictures:
+    """Pictures of a collection, every split.
+
+    most: so many at most, spread over all. listed: what `list_pictures` gave for it, if it was asked already.
+    """
+    listed = listed or list_pictures(part.images)
+    return _fitted(listed, spread(range(len(listed.rows)), most), side, False, map_rows)
 
 
 def load_pairs(
-    part: Pairs, side: int, map_rows: MapRows = map, split: str | None = None
-) -> tuple[Pictures, Pictures]:
+    part: Pairs, side: int, map_rows: MapRows = map, split: str | None = None, *,
+    most: int | None = None, listed: tuple[Listed, Listed] | None = None,
+) -> tuple[Pictures, Pictures]:  # fmt: skip
     """Sources and targets, row by row; a pair of which one side is missing or bad is left out of both.
 
-    split: only this one; None: all.
+    split: only this one; None: all. most, listed: as in `load_collection`.
 
     Raises `UserError` where no two pictures belong together.
     """
-    source, target = dict(_keyed(part.source)), dict(_keyed(part.target))
-    both = [key for key in source if key in target]
+    source, target = listed or (list_pictures(part.source), list_pictures(part.target))
+    keys, others = _keys(source), _keys(target)
+    both = [key for key in keys if key in others]
     if not both:
         raise UserError(
             f"pairs {part.name!r}: no picture of {part.source} has one of the same name in {part.target}"
         )
-    if split is not None:
-        both = [key for key in both if _joined(source[key][0].split, target[key][0].split) == split]
-    sides = [_fitted([listed[key] for key in both], side, part.box, map_rows) for listed in (source, target)]
+    joined = {key: _joined(source.rows[keys[key]].split, target.rows[others[key]].split) for key in both}
+    both = spread([key for key in both if split in (None, joined[key])], most)
+    sides = []
+    for side_listed, place in ((source, keys), (target, others)):
+        rows = list(side_listed.rows)
+        for key in both:
+            rows[place[key]] = replace(rows[place[key]], id=key)
+        named = replace(side_listed, rows=rows)
+        sides.append(_fitted(named, [place[key] for key in both], side, part.box, map_rows))
     shared = {row.id for row in sides[0].rows} & {row.id for row in sides[1].rows}
     for pictures in sides:
         keep = [i for i, row in enumerate(pictures.rows) if row.id in shared]
         pictures.pixels, pictures.rows = pictures.pixels[keep], [pictures.rows[i] for i in keep]
-    targets = {row.id: row for row in sides[1].rows}
+    if not shared:
+        raise UserError(f"pairs {part.name!r}: of no pair both pictures could be read")
     # words are the source's, or the target's where the source has none
     rows = [
-        replace(row if row.caption else targets[row.id], split=_joined(row.split, targets[row.id].split))
-        for row in sides[0].rows
+        replace(mine if mine.caption else its, split=joined[mine.id])
+        for mine, its in zip(sides[0].rows, sides[1].rows, strict=True)
     ]
     sides[0].rows, sides[1].rows = rows, rows
     return sides[0], sides[1]
 
 
-def _fitted(listed: Sequence[tuple[Row, bytes]], side: int, box: bool, map_rows: MapRows) -> Pictures:
-    rows, pixels = [], []
-    left_out: dict[str, int] = {}
-    for (row, _), made in zip(
-        listed, map_rows(lambda data: fit(data, side, box), [d for _, d in listed]), strict=True
-    ):
+def spread(rows: Sequence[Any], most: int | None) -> list[Any]:
+    """At most so many of the rows, evenly spread over all of them; None: all."""
+    many = len(rows) if most is None else min(most, len(rows))
+    return [rows[i * len(rows) // many] for i in range(many)]
+
+
+def _fitted(listed: Listed, wanted: Sequence[int], side: int, box: bool, map_rows: MapRows) -> Pictures:
+    left_out, read = Counter(listed.left_out), list[Row]()
+
+    def encoded() -> Iterator[bytes]:
+        for i, data in zip(wanted, listed.read(wanted), strict=True):
+            if isinstance(data, ItemError):
+                left_out[str(data.reason)] += 1
+                continue
+            read.append(listed.rows[i])
+            yield data
+
+    pixels, rows = np.empty((len(wanted), side, side, 4), np.uint8), list[Row]()
+    for place, made in enumerate(map_rows(partial(fit, side=side, box=box), encoded())):
         if isinstance(made, str):
-            left_out[made] = left_out.get(made, 0) + 1
+            left_out[made] += 1
         else:
-            rows.append(row)
-            pixels.append(made)
+            pixels[len(rows)] = made
+            rows.append(read[place])
     if not rows:
-        raise UserError(f"no picture could be read: {left_out}")
-    return Pictures(np.stack(pixels), rows, left_out)
+        raise UserError(f"no picture of {listed.images} could be read: {dict(left_out) or 'there is none'}")
+    return Pictures(pixels[: len(rows)], rows, dict(left_out))
 
 
-def _keyed(images: str) -> Iterator[tuple[str, tuple[Row, bytes]]]:
-    for row, data in _listed(images):
-        key = row.id if _is_packaged(images) else _stem(row.id)
-        yield key, (Row(key, row.caption, row.keywords, row.group, row.split), data)
+def _keys(listed: Listed) -> dict[str, int]:
+    """Where each picture is, by the name under which it belongs to another: id, or path without ending."""
+    packaged = listed.images in ("emoji", "openclipart", *STYLES)
+    return {row.id if packaged else _stem(row.id): i for i, row in enumerate(listed.rows)}
 
 
 def _joined(source: str, target: str) -> str:
     """Split of a pair: what one side leaves out of training, the pair does."""
     return "unused" if "unused" in (source, target) else source
-
-
-def _is_packaged(images: str) -> bool:
-    return images in ("emoji", "openclipart", *STYLES)
-
-
-def _listed(images: str) -> list[tuple[Row, bytes]]:
-    """Rows and encoded pictures of a packaged set, or of a user's collection."""
-    if images == "emoji":
-        return _packaged(load_emoji())
-    if images in STYLES:
-        return _packaged(load_style(images))
-    if images == "openclipart":
-        if (root := find_openclipart()) is None:
-            raise UserError("openclipart is not at hand: run jobs.train --stage align --download once")
-        return _packaged(load_openclipart(root))
-    source = open_source(images)
-    reader = open_reader(source.describe())
-    out = []
-    for table in source.listing():
-        for row in table.to_pylist():
-            if row["reason"] is not None:
-                continue
-            data = next(iter(reader.read([row["locator"]])))
-            if isinstance(data, ItemError):
-                continue
-            caption = row["caption"]
-            if caption is None and row["caption_locator"] is not None:
-                caption = reader.read_caption(row["caption_locator"])
-            path = str(row["path"])
-            out.append((Row(path, caption or "", (), path, _split_of(path)), data))
-    return out
-
-
-def _packaged(table: pa.Table) -> list[tuple[Row, bytes]]:
-    columns = ["id", "caption", "keywords", "group", "split", "image"]
-    rows: list[dict[str, Any]] = table.select(columns).to_pylist()
-    return [
-        (Row(r["id"], r["caption"], tuple(r["keywords"] or ()), r["group"], r["split"]), r["image"]["bytes"])
-        for r in rows
-    ]
 
 
 def _stem(path: str) -> str:

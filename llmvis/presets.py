@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmvis.models.restorer import RestorerConfig
 from llmvis.models.tokenizer import TokenizerConfig
 from llmvis.training.branch import BranchConfig
 from llmvis.training.common import OptimConfig
 from llmvis.training.language import LanguageTrainConfig
+from llmvis.training.restore import RestoreConfig
 from llmvis.training.tokenize import TokenizeConfig
 
 
@@ -21,6 +23,8 @@ class Preset:
     tokenize: TokenizeConfig
     language: LanguageTrainConfig
     branch: BranchConfig
+    restorer: RestorerConfig = field(default_factory=RestorerConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
     words: int = 20
     language_model: str = "packaged"
 
@@ -33,6 +37,7 @@ class Preset:
             tokenize=replace(self.tokenize, optim=replace(self.tokenize.optim, **wanted)),
             language=replace(self.language, optim=replace(self.language.optim, **wanted)),
             branch=replace(self.branch, optim=replace(self.branch.optim, **wanted)),
+            restore=replace(self.restore, optim=replace(self.restore.optim, **wanted)),
         )
 
 
@@ -44,6 +49,8 @@ def tiny() -> Preset:
         tokenize=TokenizeConfig(optim=quick, gan_start=0.5),
         language=LanguageTrainConfig(optim=quick, views=1),
         branch=BranchConfig(optim=quick),
+        restorer=RestorerConfig(channels=8, blocks=2),
+        restore=RestoreConfig(optim=quick, side=32, crop=24),
     )
 
 

@@ -14,6 +14,7 @@ or by path without its ending (folders). Knows no pictures, no torch, no Ray.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -64,6 +65,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if unknown := set(self.tasks) - set(TASKS):
             raise UserError(f"unknown tasks {', '.join(sorted(unknown))}: there are {', '.join(TASKS)}")
+        weights = [
+            *self.tasks.values(),
+            *(p.weight for p in self.collections),
+            *(p.weight for p in self.pairs),
+        ]
+        if not all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights):
+            raise UserError(f"weights are numbers from 0 up, not {', '.join(map(str, weights))}")
+        if not any(self.tasks.values()):
+            raise UserError("tasks: at least one of them needs a weight above 0")
+        for parts in (self.collections, self.pairs):
+            if parts and not any(part.weight for part in parts):
+                raise UserError("of collections, and of pairs, at least one needs a weight above 0")
         if not self.collections and not self.pairs:
             raise UserError("a recipe needs collections or pairs")
         if self.tasks.get("translate") and not self.pairs:

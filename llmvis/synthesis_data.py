@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from llmvis.models.language import MASKED
 from llmvis.models.tokenizer import ImageTokenizer
-from llmvis.pictures import MapRows, Pictures, Row, load_collection, load_pairs
+from llmvis.models.tokenizer_files import encoder_digest
+from llmvis.pictures import MapRows, Pictures, Row, list_pictures, load_collection, load_pairs
 from llmvis.recipe import TASKS, Recipe
+from llmvis.schema import UserError
 from llmvis.training.views import changed_views
 
 AT_ONCE = 32
@@ -31,11 +33,15 @@ AT_ONCE = 32
 
 @dataclass
 class Loaded:
-    """A recipe's pictures: collections with their styles, and both sides of each pair."""
+    """A recipe's pictures: collections with their styles, and both sides of each pair.
+
+    key: of everything that decides what they are; code words are kept under it.
+    """
 
     recipe: Recipe
     collections: list[Pictures]
     pairs: list[tuple[Pictures, Pictures]]
+    key: str
 
     def weighted(self) -> list[tuple[Pictures, float]]:
         """Everything that a tokeniser must know, with weights: collections, and each side of the pairs."""
@@ -45,40 +51,83 @@ class Loaded:
         return out
 
 
+def fit_recipe(
+    recipe: Recipe, side: int, folder: Path, map_rows: MapRows = map, max_rows: int | None = None
+) -> Path:
+    """All pictures of a recipe at `side` px, fitted into a folder below `folder` unless they lie there.
+
+    The folder's name stands for the recipe and for what lies in its collections today: a file
+    that was added, changed or taken away makes another one.
+
+    max_rows: so many of each part at most, spread over it, for a quick trial.
+    """
+    names = [part.images for part in recipe.collections]
+    names += [name for part in recipe.pairs for name in (part.source, part.target)]
+    listed = {name: list_pictures(name) for name in dict.fromkeys(names)}
+    known = [recipe.describe(), side, max_rows, [listed[name].digest for name in names]]
+    folder = folder / f"pictures-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]}"
+    for one in recipe.collections:
+        load = partial(load_collection, one, side, map_rows, most=max_rows, listed=listed[one.images])
+        _keep([folder / one.name], load)
+    for pair in recipe.pairs:
+        both = listed[pair.source], listed[pair.target]
+        load_both = partial(load_pairs, pair, side, map_rows, most=max_rows, listed=both)
+        _keep(_sides(folder, pair.name), load_both)
+    return folder
+
+
+def open_recipe(recipe: Recipe, folder: Path) -> Loaded:
+    """What `fit_recipe` left in its folder; raises `UserError` where a part has no picture to train on."""
+    loaded = Loaded(
+        recipe,
+        [Pictures.load(folder / part.name) for part in recipe.collections],
+        [(Pictures.load(a), Pictures.load(b)) for a, b in (_sides(folder, p.name) for p in recipe.pairs)],
+        folder.name,
+    )
+    names = [part.name for part in recipe.collections] + [part.name for part in recipe.pairs]
+    for name, pictures in zip(names, [*loaded.collections, *(a for a, _ in loaded.pairs)], strict=True):
+        if not len(pictures.where("train")):
+            raise UserError(
+                f"{name}: none of its {len(pictures.rows)} pictures is for training, as one in ten is held out: "
+                "give more pictures"
+            )
+    return loaded
+
+
 def load_recipe(
     recipe: Recipe, side: int, folder: Path, map_rows: MapRows = map, max_rows: int | None = None
 ) -> Loaded:
-    """All pictures of a recipe at `side` px, fitted into `folder` unless they lie there.
+    """`fit_recipe` and `open_recipe`."""
+    return open_recipe(recipe, fit_recipe(recipe, side, folder, map_rows, max_rows))
 
-    max_rows: every k-th of each part, for a quick trial.
-    """
-    key = hashlib.sha256(json.dumps([recipe.describe(), side, max_rows]).encode()).hexdigest()[:12]
-    folder = folder / f"pictures-{key}"
-    collections = [
-        _kept([folder / part.name], partial(load_collection, part, side, map_rows), max_rows)[0]
-        for part in recipe.collections
+
+def counted(loaded: Loaded) -> list[str]:
+    """For a person: how many pictures each part has, and what was left out of it for which reason."""
+    parts: list[tuple[str, Pictures]] = [
+        (part.name, pictures)
+        for part, pictures in zip(loaded.recipe.collections, loaded.collections, strict=True)
     ]
-    pairs = [
-        _kept(
-            [folder / f"{part.name}-source", folder / f"{part.name}-target"],
-            partial(load_pairs, part, side, map_rows),
-            max_rows,
+    for pair, sides in zip(loaded.recipe.pairs, loaded.pairs, strict=True):
+        parts += zip((f"{pair.name}, source", f"{pair.name}, target"), sides, strict=True)
+    lines = []
+    for name, pictures in parts:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(pictures.left_out.items()))
+        lines.append(
+            f"{name}: {len(pictures.rows):,} pictures" + (f"; left out: {reasons}" if reasons else "")
         )
-        for part in recipe.pairs
-    ]
-    return Loaded(recipe, collections, [(source, target) for source, target in pairs])
+    return lines
 
 
-def _kept(
-    folders: list[Path], load: Callable[[], Pictures | tuple[Pictures, Pictures]], most: int | None
-) -> list[Pictures]:
-    """Pictures from their folders; made first where they are not there."""
+def _sides(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}-source", folder / f"{name}-target"]
+
+
+def _keep(folders: list[Path], load: Callable[[], Pictures | tuple[Pictures, Pictures]]) -> None:
+    """Fits pictures into their folders unless they are there."""
     if not (folders[-1] / "rows.json").exists():
         made = load()
         for pictures, folder in zip((made,) if isinstance(made, Pictures) else made, folders, strict=True):
-            step = max(1, len(pictures.rows) // most) if most else 1
-            Pictures(pictures.pixels[::step], pictures.rows[::step], pictures.left_out).save(folder)
-    return [Pictures.load(folder) for folder in folders]
+            pictures.save(folder)
 
 
 @dataclass
@@ -134,7 +183,7 @@ class LanguageData:
             before, after = self.pairs[place]
             i, view = _pick(after, rng)
             words = self.recipe.pairs[place].instructions
-            text = words[int(rng.integers(len(words)))].replace("{caption}", after.rows[i].caption)
+            text = instructed(words[int(rng.integers(len(words)))], after.rows[i].caption)
             target, source = after.codes[view, i].astype(np.int64), before.codes[view, i].astype(np.int64)
             hide = np.ones(target.shape, bool) if rng.random() < 0.5 else _some(rng, target.shape)
             return ("" if rng.random() < drop else text), False, target, source, hide
@@ -143,7 +192,9 @@ class LanguageData:
         i, view = _pick(pictures, rng)
         row, target = pictures.rows[i], pictures.codes[view, i].astype(np.int64)
         source = np.full_like(target, MASKED)
-        if task == "caption":
+        if (
+            task == "caption" and row.caption
+        ):  # where there are no words to ask for, it is one more to generate
             return row.caption, True, target, source, np.zeros(target.shape, bool)
         text = "" if rng.random() < drop else described(row, self.recipe.collections[place].style, rng)
         hide = _some(rng, target.shape)
@@ -155,10 +206,18 @@ class LanguageData:
 
 def described(row: Row, style: str, rng: np.random.Generator) -> str:
     """Words to ask for a picture by: caption, sometimes with keywords, mostly with its style."""
-    text = row.caption
+    words = [row.caption]
     if row.keywords and rng.random() < 0.3:
-        text += ", " + ", ".join(rng.choice(row.keywords, min(2, len(row.keywords)), replace=False))
-    return f"{text}, {style}" if style and rng.random() < 0.8 else text
+        words += rng.choice(row.keywords, min(2, len(row.keywords)), replace=False).tolist()
+    if style and rng.random() < 0.8:
+        words.append(style)
+    return ", ".join(word for word in words if word)
+
+
+def instructed(instruction: str, caption: str) -> str:
+    """An instruction with the picture's caption in it, or ended before the place of one that is missing."""
+    text = instruction.replace("{caption}", caption)
+    return text if caption else text.rstrip(" :,;-–—")
 
 
 def code_all(
@@ -167,9 +226,10 @@ def code_all(
 ) -> LanguageData:  # fmt: skip
     """Code words of a recipe's pictures, from `folder` or made: each worker makes its share.
 
-    `wait` returns when every worker has come to it.
+    They are kept by pictures, encoder and views. `wait` returns when every worker has come to it.
     """
-    folder = folder / f"codes-{digest_of(tokenizer)}-{views}"
+    pictures_key = loaded.key.removeprefix("pictures-")
+    folder = folder / f"codes-{pictures_key}-{encoder_digest(tokenizer)}-{views}"
     folder.mkdir(parents=True, exist_ok=True)
     sides = [*loaded.collections, *(side for pair in loaded.pairs for side in pair)]
     for number, pictures in enumerate(sides):
@@ -190,14 +250,6 @@ def code_all(
     many = len(loaded.collections)
     pairs = list(zip(made[many::2], made[many + 1 :: 2], strict=True))
     return LanguageData(loaded.recipe, tokenizer.config.grid, made[:many], pairs)
-
-
-def digest_of(tokenizer: ImageTokenizer) -> str:
-    """Of a tokeniser's encoder: which code words it would make."""
-    total = hashlib.sha256(repr(tokenizer.config).encode())
-    for tensor in tokenizer.encoder.state_dict().values():
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
 
 
 def coded(pictures: Pictures, tokenizer: ImageTokenizer, views: int, device: str = "cpu") -> np.ndarray:

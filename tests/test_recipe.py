@@ -45,6 +45,10 @@ def test_the_packaged_recipe_reads() -> None:
             "pairs: [{name: a, source: x, target: y, instructions: paint it}]\ntasks: {translate: 1}",
             "a list of texts",
         ),
+        ("collections: [{name: a, images: emoji}]\ntasks: {generate: -1}", "weights are numbers from 0 up"),
+        ("collections: [{name: a, images: emoji, weight: much}]", "weights are numbers from 0 up"),
+        ("collections: [{name: a, images: emoji}]\ntasks: {generate: 0}", "a weight above 0"),
+        ("collections: [{name: a, images: emoji, weight: 0}]", "a weight above 0"),
         ("[1", "recipe.yaml"),
     ],
 )
@@ -108,7 +112,21 @@ def test_a_picture_is_fitted_whole_and_a_box_is_cut(tmp_path: Path) -> None:
     assert 20 < (whole[..., 3] > 128).sum() < 45
     assert (cut[..., 3] > 128).sum() > 500
     assert (on_white(whole)[0, 0] == 255).all()
-    assert fit(b"no picture", 40) == "UnidentifiedImageError"
+    assert fit(b"no picture", 40) == "not_an_image"
+
+
+def test_a_picture_is_fitted_upright_and_sixteen_bits_are_rescaled(tmp_path: Path) -> None:
+    image = Image.new("RGB", (60, 30), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    turned = np.asarray(fit((tmp_path / "turned.jpg").read_bytes(), 40)).astype(int)
+    assert (turned[:, [0, 5, 34, 39], 3] == 0).all() and (turned[:, 12:28, 3] == 255).all()
+    assert turned[8, 20, 0] > 240 > 10 > turned[8, 20, 2] and turned[32, 20, 2] > 240
+    Image.fromarray(np.full((9, 9), 100 * 257, np.uint16)).save(tmp_path / "grey.png")
+    grey = np.asarray(fit((tmp_path / "grey.png").read_bytes(), 9))
+    assert (grey == (100, 100, 100, 255)).all()
 
 
 def test_pictures_survive_the_disk(tmp_path: Path) -> None:

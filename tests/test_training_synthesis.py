@@ -20,18 +20,28 @@ import numpy as np
 import pytest
 import torch
 
-from llmvis.cluster.train_synthesis import SynthesisTrainConfig, train_synthesis
+from llmvis.cluster.train_synthesis import (
+    SynthesisTrainConfig,
+    _train_on_ray,
+    cpu_share,
+    on_cluster,
+    train_synthesis,
+)
+from llmvis.enhance import TASKS
 from llmvis.models.language import MASKED
+from llmvis.models.restorer import load_restorer
 from llmvis.models.synthesizer_files import load_synthesizer
 from llmvis.presets import PRESETS, tiny
-from llmvis.recipe import read_recipe
+from llmvis.recipe import PACKAGED_RECIPE, read_recipe
 from llmvis.schema import UserError
-from llmvis.synthesis_data import LanguageData, load_recipe
-from llmvis.training.common import Every, Files, World, load_state, run_alone, save_state, trim_log
-from llmvis.training.stages import STAGES, Place, claim, make_stage, train_alone
+from llmvis.synthesis_data import LanguageData, fit_recipe, load_recipe
+from llmvis.training import stages
+from llmvis.training.common import Every, Files, Stage, World, load_state, run_alone, save_state, trim_log
+from llmvis.training.stages import STAGES, Place, claim, train_alone
 from llmvis.training.views import changed_views
 
 ROWS = 30
+EVERY_STAGE = (*STAGES, "restore")
 EVERY = Every(log=5, evaluate=20, save=10)
 
 
@@ -42,6 +52,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for stage in STAGES:
         train_alone(stage, place, EVERY)
     return place
+
+
+def make_stage(name: str, place: Place, **more: Any) -> Stage:
+    """A stage on its pictures, which lie there from the place's own training."""
+    side = stages.side_of(name, place)
+    pictures = fit_recipe(place.recipe, side, place.out / "data", max_rows=place.max_rows)
+    return stages.make_stage(name, place, pictures, **more)
 
 
 def told(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -63,7 +80,24 @@ def test_all_stages_leave_a_model_metrics_and_samples(place: Place) -> None:
         train_alone("language", place, EVERY)
 
 
-@pytest.mark.parametrize("name", STAGES)
+def test_the_restorer_learns_without_the_other_stages(tmp_path: Path) -> None:
+    recipe = read_recipe(PACKAGED_RECIPE.with_name("recipe-restore.yaml"))
+    place = Place(out=tmp_path, preset=tiny(), recipe=recipe, max_rows=ROWS)
+    train_alone("restore", place, EVERY)
+    (scores,) = told(place.files_of("restore"), "evaluation")
+    for task in TASKS:
+        assert scores[f"psnr_{task}"] > scores[f"psnr_{task}_spoilt"] + 0.01
+    assert not (tmp_path / "tokenizer").exists()
+    trained = load_restorer(tmp_path / "restorer").state_dict()
+    again = stages.make_stage("restore", replace(place, start=tmp_path), next((tmp_path / "data").iterdir()))
+    assert all(torch.equal(trained[name], t) for name, t in again.model.state_dict().items())  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="is trained"):
+        train_alone("restore", place, EVERY)
+    with pytest.raises(UserError, match="no restorer"):
+        train_alone("restore", replace(place, out=tmp_path / "other", start=tmp_path / "none"), EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY_STAGE)
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(place: Place, name: str, tmp_path: Path) -> None:
     whole, first, second = (make_stage(name, place) for _ in range(3))
     losses = [whole.step(i)["loss"] for i in range(14)]
@@ -82,7 +116,7 @@ def test_a_state_of_other_settings_is_refused(place: Place, tmp_path: Path) -> N
         load_state(make_stage("tokenize", replace(place, preset=other)), tmp_path)
     with pytest.raises(UserError, match="another max_rows"):
         for rows in (1, 2):
-            claim(replace(place, out=tmp_path / "claimed", max_rows=rows))
+            claim("tokenize", replace(place, out=tmp_path / "claimed", max_rows=rows), "pictures-1")
 
 
 class Meeting:
@@ -112,7 +146,7 @@ def without_dropout(stage: Any) -> Any:
     return stage
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", EVERY_STAGE)
 def test_two_workers_train_as_one_does(place: Place, name: str) -> None:
     """The same losses with one worker and with two at the same global batch, also once the GAN counts."""
     early = replace(place.preset, tokenize=replace(place.preset.tokenize, gan_start=0.1))
@@ -190,7 +224,8 @@ def test_views_are_functions_of_their_chance() -> None:
 def test_presets_change_by_name() -> None:
     for make in PRESETS.values():
         changed = make().changed(steps=7, batch_size=4, seed=3)
-        for optim in (changed.tokenize.optim, changed.language.optim, changed.branch.optim):
+        trained = (changed.tokenize, changed.language, changed.branch, changed.restore)
+        for optim in (stage.optim for stage in trained):
             assert (optim.steps, optim.batch_size, optim.seed) == (7, 4, 3)
         assert make().changed(steps=None, batch_size=None, seed=None) == make()
 
@@ -230,7 +265,8 @@ def test_a_killed_process_goes_on_to_the_same_end(place: Place, tmp_path: Path) 
 
 def command(out: Path, *more: str) -> list[str]:
     stages = ["--stage", "tokenize", "--preset", "tiny", "--max-rows", str(ROWS), "--out", str(out)]
-    return [sys.executable, "-m", "jobs.train", *stages, "--log-every", "5", "--save-every", "10", *more]
+    often = ["--log-every", "5", "--save-every", "10", "--threads", "1"]
+    return [sys.executable, "-m", "jobs.train", *stages, *often, *more]
 
 
 def test_a_run_on_ray_with_two_workers_outlives_a_killed_worker_and_a_killed_driver(
@@ -281,6 +317,52 @@ def test_a_run_on_ray_with_two_workers_outlives_a_killed_worker_and_a_killed_dri
     shutil.rmtree(out / "tokenizer")
     with pytest.raises(UserError, match="another preset"):
         train_synthesis(replace(config, seed=9))
+
+
+def test_a_worker_s_mistake_ends_the_run_at_once_and_in_words(
+    place: Place, tmp_path: Path, ray_cluster: None
+) -> None:
+    """Weights that explode in the first step: a worker raises `UserError`, once, and the driver has its words."""
+    preset = place.preset
+    wild = replace(preset.tokenize, optim=replace(preset.tokenize.optim, learning_rate=1e30, warmup=1))
+    exploding = replace(place, out=tmp_path, preset=replace(preset, tokenize=wild))
+    config = SynthesisTrainConfig(stage="tokenize", out=str(tmp_path), log_every=1)
+    with pytest.raises(UserError, match=r"step \d+: gradients are not finite"):
+        _train_on_ray("tokenize", exploding, config)
+    assert len(list((tmp_path / "train-tokenize" / "tensorboard").glob("events*"))) == 1  # one for each try
+
+
+def test_a_worker_s_share_of_the_node_s_cpus(ray_cluster: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def share(workers: int) -> int:
+        return cpu_share(workers)
+
+    assert ray.get([share.remote(1), share.remote(2), share.remote(9)]) == [2, 1, 1]
+
+
+def test_pictures_go_to_the_cluster_in_portions_and_come_back_in_order(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmvis.cluster.train_synthesis.HELD_BYTES", 40)
+    taken: list[int] = []
+
+    def encoded() -> Any:
+        for i in range(20):
+            taken.append(i)
+            yield bytes([i]) * 10
+
+    def shade(data: bytes) -> Any:
+        return "odd" if data[0] % 2 else np.full((1, 1, 4), data[0], np.uint8)
+
+    made = on_cluster(shade, encoded())
+    first = next(made)
+    assert taken == [0, 1, 2, 3] and first[0, 0, 0] == 0  # four of ten bytes are all that it holds
+    rest = list(made)
+    assert [x if isinstance(x, str) else int(x[0, 0, 0]) for x in rest] == [
+        "odd" if i % 2 else i for i in range(1, 20)
+    ]
 
 
 def reached(metrics: Path, step: int) -> bool:

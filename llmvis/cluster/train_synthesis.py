@@ -16,24 +16,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import ray.data
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointUploadMode, ControllerError, UserCallback
 from tensorboardX import SummaryWriter
 
+from llmvis.config import at_least
 from llmvis.pictures import Fitted
 from llmvis.presets import PRESETS, Preset
 from llmvis.recipe import PACKAGED_RECIPE, read_recipe
 from llmvis.schema import UserError
-from llmvis.synthesis_data import load_recipe
-from llmvis.training.common import Every, Files, Told, World, fit, flat_mean, load_state, save_state, trim_log
-from llmvis.training.stages import STAGES, Place, claim, make_stage, side_of, train_alone
+from llmvis.training.common import (
+    Every,
+    Files,
+    OptimConfig,
+    Told,
+    World,
+    fit,
+    flat_mean,
+    load_state,
+    save_state,
+    trim_log,
+)
+from llmvis.training.stages import Place, check, make_stage, prepare, stages_of, train_alone
 
-AT_ONCE = 64
+AT_ONCE = 64  # pictures in a task
+HELD_ITEMS, HELD_BYTES = 4096, 128 * 2**20
+"""Encoded pictures that are with Ray at a time, at most, and their bytes, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,8 @@ class SynthesisTrainConfig:
     """Train a synthesis model on Ray, stage by stage; the same command goes on where a run stopped.
 
     tokenize: pictures to code words and back. language: fill in what is masked.
-    branch: keep fine lines of the source in translation. all: one after the other.
+    branch: keep fine lines of the source in translation. all: these, one after the other.
+    restore: a network of its own that takes noise and blur out, and enlarges with detail.
 
     Examples:
 
@@ -52,24 +67,28 @@ class SynthesisTrainConfig:
       python -m jobs.train --stage language --recipe mine.yaml --start runs/small --out runs/mine --workers 4 --gpu
     """
 
-    stage: Literal["tokenize", "language", "branch", "all"]
+    stage: Literal["tokenize", "language", "branch", "restore", "all"]
     """What to train."""
     out: str
-    """Folder of the model: tokenizer/, language/, branch/, and train-<stage>/ with metrics and samples."""
+    """Folder of the model: tokenizer/, language/, branch/, restorer/, and train-<stage>/ with metrics and samples."""
     preset: Literal["tiny", "small", "base"] = "small"
     """Size of the model and length of its training."""
     recipe: str = str(PACKAGED_RECIPE)
     """YAML of collections, pairs and tasks to train on; default: the packaged emoji in four hands."""
     start: str | None = None
-    """Folder of a model to begin from: its tokeniser where out has none, and its language model."""
+    """Folder of a model to begin from: its tokeniser where out has none, and its language model. Stage tokenize
+    then trains the decoder alone, so that code words stay what that language model knows."""
+    train_encoder: bool = False
+    """With --start: train the tokeniser's encoder too. Code words change, and the language model must learn them."""
     language_model: str | None = None
-    """"packaged" (MiniLM), a folder, or a Hugging Face name of a masked language model; default: the preset's."""
+    """"packaged" (MiniLM), a folder, or a Hugging Face name of a masked language model; default: the preset's.
+    Not with --start, whose model has one."""
     freeze_layers: int = 0
     """Layers of the language model, from the bottom, that stay as they are."""
-    freeze_encoder: bool = False
-    """With --start: train the tokeniser's decoder alone, so that code words stay what they are."""
     workers: int = 1
     """Training processes; a batch is split over them. 0 trains in this process, without Ray."""
+    threads: int | None = None
+    """CPU threads of each worker, as on a machine that has other work; default: its share of its node's CPUs."""
     min_workers: int | None = None
     """Train with as few as this, and with up to --workers as the cluster has room (elastic)."""
     gpu: bool = False
@@ -89,6 +108,13 @@ class SynthesisTrainConfig:
     save_every: int = 250
     """Steps between saved states."""
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "threads", "min_workers", "steps", "batch_size", "max_rows")
+        at_least(self, 1, "log_every", "evaluate_every", "save_every")
+        at_least(self, 0, "workers", "freeze_layers", "seed")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise UserError(f"--min-workers {self.min_workers} is more than --workers {self.workers}")
+
     @property
     def every(self) -> Every:
         """How often, for the loop."""
@@ -98,7 +124,6 @@ class SynthesisTrainConfig:
         """What is trained, where."""
         preset = PRESETS[self.preset]().changed(steps=self.steps, batch_size=self.batch_size, seed=self.seed)
         preset = replace(preset, language=replace(preset.language, freeze_layers=self.freeze_layers))
-        preset = replace(preset, tokenize=replace(preset.tokenize, freeze_encoder=self.freeze_encoder))
         if self.language_model is not None:
             preset = replace(preset, language_model=self.language_model)
         start = Path(self.start).resolve() if self.start else None
@@ -107,6 +132,7 @@ class SynthesisTrainConfig:
             preset=preset,
             recipe=read_recipe(self.recipe),
             start=start,
+            train_encoder=self.train_encoder,
             max_rows=self.max_rows,
         )
 
@@ -117,26 +143,24 @@ def train_synthesis(config: SynthesisTrainConfig) -> Path:
     Raises `UserError` where `out` holds another run, or the stage is done, or its parts are missing.
     """
     place = config.place()
-    names = STAGES if config.stage == "all" else (config.stage,)
-    _check_batch(place.preset, config)
-    for name in names:
-        if not place.is_done(name):
-            break
-    else:
-        raise UserError(f"{place.out} is trained already: take it, or give another --out")
-    claim(place)
+    names = stages_of(config.stage, place.recipe)
+    _check_batch(names, place.preset, config)
+    check(names, place, config.language_model)
     for name in names:
         if place.is_done(name):
             continue
         if config.workers == 0:
+            if config.threads:
+                torch.set_num_threads(config.threads)
             train_alone(name, place, config.every, "cuda" if config.gpu else "cpu")
         else:
             _train_on_ray(name, place, config)
     return place.out
 
 
-def _check_batch(preset: Preset, config: SynthesisTrainConfig) -> None:
-    for optim in (preset.tokenize.optim, preset.language.optim, preset.branch.optim):
+def _check_batch(names: tuple[str, ...], preset: Preset, config: SynthesisTrainConfig) -> None:
+    for name in names:
+        optim: OptimConfig = getattr(preset, name).optim
         for workers in range(config.min_workers or config.workers or 1, (config.workers or 1) + 1):
             if optim.batch_size % workers:
                 raise UserError(
@@ -145,21 +169,43 @@ def _check_batch(preset: Preset, config: SynthesisTrainConfig) -> None:
 
 
 def _train_on_ray(name: str, place: Place, config: SynthesisTrainConfig) -> None:
-    load_recipe(place.recipe, side_of(name, place), place.out / "data", on_cluster, place.max_rows)
+    pictures = prepare(name, place, on_cluster)
     many: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
+    callbacks: list[Any] = [_Mistakes()]  # Ray's types know those of Ray Tune
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"stage": name, "place": place, "every": config.every},
+        train_loop_config={
+            "stage": name,
+            "place": place,
+            "pictures": pictures,
+            "every": config.every,
+            "threads": config.threads,
+        },
         scaling_config=ray.train.ScalingConfig(num_workers=many, use_gpu=config.gpu),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=str(place.files_of(name)),
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=callbacks,
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, UserError):
+            raise UserError(str(error.controller_failure)) from error
+        raise
     shutil.rmtree(place.files_of(name) / "ray", ignore_errors=True)
+
+
+class _Mistakes(UserCallback):
+    """Ends a run at a worker's `UserError`: the same would come again, whatever Ray's retries are for."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, UserError):
+                raise UserError(str(error))
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -167,10 +213,11 @@ def _worker(settings: dict[str, Any]) -> None:
     place, name, every = settings["place"], settings["stage"], settings["every"]
     context = ray.train.get_context()
     size, rank = context.get_world_size(), context.get_world_rank()
-    torch.set_num_threads(max(1, torch.get_num_threads() // context.get_local_world_size()))
+    torch.set_num_threads(settings["threads"] or cpu_share(context.get_local_world_size()))
     world = World(rank, size, flat_mean(dist.all_reduce, size)) if size > 1 else World()
     device = str(ray.train.torch.get_device())
-    stage = make_stage(name, place, world=world, device=device, wait=dist.barrier if size > 1 else _go_on)
+    wait = dist.barrier if size > 1 else _go_on
+    stage = make_stage(name, place, settings["pictures"], world=world, device=device, wait=wait)
     begin, checkpoint = 0, ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -203,6 +250,14 @@ def _worker(settings: dict[str, Any]) -> None:
         place.finish(name, stage)
 
 
+def cpu_share(workers: int) -> int:
+    """CPUs of this node for each of its workers. Ray itself counts one for a worker, and gives it one thread."""
+    node = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    cpus = next(n["Resources"].get("CPU", 1) for n in nodes if n["NodeID"] == node)
+    return max(1, int(cpus) // workers)
+
+
 def _go_on() -> None:
     """A single worker waits for nobody."""
 
@@ -229,8 +284,19 @@ class _Rank0:
 
 
 def on_cluster(function: Callable[[bytes], Fitted], encoded: Iterable[bytes]) -> Iterator[Fitted]:
-    """`map` by Ray Data tasks, in order; a `MapRows` for `load_recipe`."""
-    items = [{"data": data} for data in encoded]
+    """`map` by Ray Data tasks, in order; a `MapRows` for `fit_recipe`. Takes pictures as it needs them."""
+    items, held = list[dict[str, bytes]](), 0
+    for data in encoded:
+        items.append({"data": data})
+        held += len(data)
+        if len(items) == HELD_ITEMS or held >= HELD_BYTES:
+            yield from _in_tasks(function, items)
+            items, held = [], 0
+    if items:
+        yield from _in_tasks(function, items)
+
+
+def _in_tasks(function: Callable[[bytes], Fitted], items: list[dict[str, bytes]]) -> Iterator[Fitted]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

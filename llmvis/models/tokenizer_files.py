@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -42,3 +43,11 @@ def load_tokenizer(folder: Path | str, device: str = "cpu") -> ImageTokenizer:
     model.load_state_dict({name: t.float() for name, t in load_file(path / "model.safetensors").items()})
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
+
+
+def encoder_digest(model: ImageTokenizer) -> str:
+    """Of a tokeniser's encoder: which code words it makes. What was made for others has another digest."""
+    total = hashlib.sha256(repr(model.config).encode())
+    for tensor in model.encoder.state_dict().values():
+        total.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]

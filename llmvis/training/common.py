@@ -88,10 +88,21 @@ class Optimiser:
         return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
 
     def update(self, step: int) -> float:
-        """Averages the gradients over workers, clips, steps; returns their norm before clipping."""
+        """Averages the gradients over workers, clips, steps; returns their norm before clipping.
+
+        Raises `UserError` where one is not finite; the weights are then as they were.
+        """
         gradients = [p.grad for p in self._order if p.grad is not None]
         self._world.mean(gradients)
-        norm = nn.utils.clip_grad_norm_(self._order, self._config.clip)
+        norm = nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            odd = [n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
+            raise UserError(
+                f"step {step + 1}: gradients are not finite, first in {(odd or ['their sum'])[0]}. The weights were "
+                "not changed and the last saved state is good; the same command goes on from it. If it comes to this "
+                "again, begin another --out with a larger --batch-size or another --seed"
+            )
+        nn.utils.clip_grads_with_norm_(self._order, self._config.clip, norm)
         for group in self.adam.param_groups:
             group["lr"] = self.rate(step)
         self.adam.step()
@@ -191,6 +202,15 @@ def save_state(stage: Stage, number: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in stage.tensors().items()}, folder / STATE)
     (folder / TOLD).write_text(json.dumps({"step": number, "fingerprint": stage.fingerprint()}, indent=1))
+    usual_modes(folder)
+
+
+def usual_modes(folder: Path) -> None:
+    """Files get the rights that the umask gave the folder: safetensors would keep them from everyone else."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def load_state(stage: Stage, folder: Path) -> int:
@@ -289,10 +309,12 @@ class Files:
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Takes lines after `step` out of a metrics file: they will be written again."""
+    """Takes lines after `step` out of a metrics file, they will be written again; and a last one that was cut off."""
     if file.exists():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in lines))
+        whole = file.read_text().split("\n")[:-1]  # what follows the last line's end is torn
+        partial = file.with_name(f".{file.name}")
+        partial.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+        partial.replace(file)
 
 
 def run_alone(stage: Stage, out: Path, every: Every) -> None:

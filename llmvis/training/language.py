@@ -26,7 +26,7 @@ from llmvis.models.sampling import Sampling
 from llmvis.models.synthesizer import Synthesizer
 from llmvis.models.synthesizer_files import save_language
 from llmvis.pictures import on_white
-from llmvis.synthesis_data import Batch, LanguageData, Loaded
+from llmvis.synthesis_data import Batch, LanguageData, Loaded, instructed
 from llmvis.training.common import ALONE, OptimConfig, Optimiser, World, autocast
 from llmvis.training.views import pair_sheet
 
@@ -124,7 +124,7 @@ class LanguageStage:
         with self._steps.averaged():
             for part, (before, after) in zip(self._loaded.recipe.pairs, self._loaded.pairs, strict=True):
                 rows = after.judged(JUDGED)
-                texts = [part.instructions[-1].replace("{caption}", after.rows[i].caption) for i in rows]
+                texts = [instructed(part.instructions[-1], after.rows[i].caption) for i in rows]
                 source, real = on_white(before.pixels[rows]), on_white(after.pixels[rows])
                 made = self.model.translate(source, texts)
                 told[f"psnr_{part.name.replace(' ', '_')}"] = float(psnr(made / 255, real / 255).mean())
@@ -149,7 +149,7 @@ class LanguageStage:
 
     def export(self, folder: Path) -> None:
         with self._steps.averaged():
-            save_language(self.model.language, folder)
+            save_language(self.model.language, folder, self.model.tokenizer)
 
 
 def _hidden_words(batch: Batch, length: int, rng: np.random.Generator) -> np.ndarray:

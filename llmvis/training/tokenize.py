@@ -73,7 +73,7 @@ class TokenizeStage:
         self._trunk = trunk.eval().requires_grad_(False).to(device) if trunk is not None else None
         self._generator_steps = Optimiser(self.model, self.optim, world)
         self._judge_steps = Optimiser(self.discriminator, self.optim, world, betas=(0.5, 0.9))
-        self._draw = _Draw(collections)
+        self._draw = Draw(collections)
         self._held = np.concatenate([p.pixels[p.judged(JUDGED)] for p, _ in collections])
 
     def fingerprint(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class TokenizeStage:
             save_tokenizer(self.model, folder)
 
 
-class _Draw:
+class Draw:
     """Draws batches from several collections by weight: pixels and the numbers of a chance view."""
 
     def __init__(self, collections: Sequence[tuple[Pictures, float]]) -> None:
