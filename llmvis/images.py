@@ -1,4 +1,4 @@
-"""Untrusted bytes → an upright 8-bit RGB picture, or a reason why not; thumbnails and contact sheets.
+"""Untrusted bytes → an upright 8-bit RGB or RGBA picture, or a reason why not; thumbnails and contact sheets.
 
 `decode` is the one door for pictures. It looks at content and never at a file name, asks
 Pillow for exactly the format that the first bytes announce (so PostScript named `.jpg` never
@@ -56,7 +56,7 @@ class ImageError(ItemError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright RGB picture, and its full width and height in pixels.
+    """An upright RGB (or, where transparency was to be kept, RGBA) picture, and its full width and height in pixels.
 
     `image` may be smaller than `width` x `height` where `decode` was given a `target`.
     It carries no metadata: no EXIF (no place, no camera), no colour profile.
@@ -104,10 +104,10 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
-    background: RGBColour = (255, 255, 255),
+    background: RGBColour | None = (255, 255, 255),
     target: int | None = None,
 ) -> Decoded:
-    """Decode an encoded picture to upright 8-bit RGB.
+    """Decode an encoded picture to upright 8-bit RGB, or to RGBA.
 
     Formats: JPEG (MPO too), PNG, GIF, WebP, TIFF, BMP, AVIF, PNM; the first frame of animations.
     EXIF orientation is applied; transparency is composited on `background`; 16-bit grey is
@@ -117,7 +117,7 @@ def decode(
         data: the file's content.
         max_pixels: cap on width x height, checked before any pixel is decoded.
         max_bytes: cap on `len(data)`.
-        background: the colour under transparent pixels.
+        background: the colour under transparent pixels; None keeps them, and the image is RGBA.
         target: shortest side in pixels that the caller will resize to. A large JPEG is then
             decoded at 1/2, 1/4 or 1/8 scale, never below twice the target, two to three times
             faster; the whole file is still read and checked. Other formats ignore it.
@@ -147,7 +147,9 @@ def decode(
             raise _explain(e, data, kind) from e
 
 
-def _decode(data: bytes, kind: str, max_pixels: int, background: RGBColour, target: int | None) -> Decoded:
+def _decode(
+    data: bytes, kind: str, max_pixels: int, background: RGBColour | None, target: int | None
+) -> Decoded:
     with Image.open(BytesIO(data), formats=[kind]) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -159,17 +161,17 @@ def _decode(data: bytes, kind: str, max_pixels: int, background: RGBColour, targ
         image.load()
         orientation = _orientation(image)  # after load: in a PNG it may come last
         turn = _TURN.get(orientation)
-        rgb = _to_rgb(image, background)
+        flat = _flattened(image, background)
         if kind == "TIFF":  # Pillow has already turned it, and changed `size`
-            width, height = rgb.size
+            width, height = flat.size
         if turn is not None:
-            rgb = rgb.transpose(turn)
+            flat = flat.transpose(turn)
             if orientation >= 5:
                 width, height = height, width
-        elif rgb is image:
-            rgb = image.copy()  # a plain Image, which holds neither file nor EXIF
-        rgb.info.clear()
-        return Decoded(rgb, width, height)
+        elif flat is image:
+            flat = image.copy()  # a plain Image, which holds neither file nor EXIF
+        flat.info.clear()
+        return Decoded(flat, width, height)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -181,13 +183,16 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image, background: RGBColour) -> Image.Image:
+def _flattened(image: Image.Image, background: RGBColour | None) -> Image.Image:
+    """Any mode → 8-bit RGB on a background, or RGBA without one."""
     if image.mode == "F":
         raise ImageError(Reason.UNSUPPORTED_FORMAT, "floating-point pixels have no stated range")
     if image.mode == "LAB":
         raise ImageError(Reason.UNSUPPORTED_FORMAT, "L*a*b* pixels")
     if image.mode == "I" or image.mode.startswith("I;"):
         image = _eight_bits(image)
+    if background is None:
+        return image if image.mode == "RGBA" else image.convert("RGBA")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -230,6 +235,41 @@ def _explain(error: Exception, data: bytes, kind: str) -> ImageError:
     if "truncated" in lower or "unexpected end" in lower or formats.ends_early(data, kind):
         return ImageError(Reason.TRUNCATED, said)
     return ImageError(Reason.CORRUPT, said)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """An RGB picture fitted whole into `side` × `side` pixels, centred on white."""
+    *size, left, top = _fitted(image.width, image.height, side)
+    small = image
+    if image.size != tuple(size):
+        small = image.resize((size[0], size[1]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    out = Image.new("RGB", (side, side), (255, 255, 255))
+    out.paste(small, (left, top))
+    return out
+
+
+def square_mask(mask: np.ndarray, width: int, height: int, side: int) -> np.ndarray:
+    """The mask of a picture of `width` × `height`, fitted as `square` fits that one.
+
+    A mask, bool (h, w), has its picture's shape at any resolution. Gives bool (S, S), True in every
+    pixel that the mask touches: thin lines are not lost. Raises `ValueError` for another shape.
+    """
+    if mask.ndim != 2 or abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width):
+        raise ValueError(
+            f"a mask of {mask.shape} does not fit a picture of {(height, width)}: give it that shape"
+        )
+    *size, left, top = _fitted(width, height, side)
+    share = Image.fromarray(mask.astype(np.float32)).resize((size[0], size[1]), Image.Resampling.BOX)
+    out = np.zeros((side, side), bool)
+    out[top : top + size[1], left : left + size[0]] = np.asarray(share) > 0
+    return out
+
+
+def _fitted(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """Width, height, left and top of a picture in its square."""
+    scale = side / max(width, height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    return w, h, (side - w) // 2, (side - h) // 2
 
 
 def thumbnail(image: Image.Image, side: int) -> bytes:

@@ -124,6 +124,18 @@ def test_palette_transparency_is_composited() -> None:
     assert np.array_equal(found[index > 1], colours[index > 1])
 
 
+def test_without_a_background_transparency_is_kept() -> None:
+    found = decode(GOOD["rgba.png"], background=None).image
+    assert found.mode == "RGBA"
+    assert (np.asarray(found)[:, :48, 3] == 0).all() and (np.asarray(found)[:, 48:, 3] == 255).all()
+    for name, data in GOOD.items():
+        with_alpha = decode(data, background=None)
+        assert with_alpha.image.mode == "RGBA" and not with_alpha.image.info, name
+        canvas = Image.new("RGBA", with_alpha.image.size, (255, 255, 255, 255))
+        flat = np.asarray(Image.alpha_composite(canvas, with_alpha.image).convert("RGB")).astype(int)
+        assert np.abs(flat - array(decode(data))).max() <= 1, name
+
+
 @pytest.mark.parametrize("name", ["animated.gif", "animated.webp", "animated.png"])
 def test_first_frame_of_an_animation(name: str) -> None:
     found = array(decode(GOOD[name]))
