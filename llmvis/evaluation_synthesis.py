@@ -16,6 +16,7 @@ Shape legend: N pictures, S side in pixels, F features.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,14 +27,18 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from llmvis.evaluation import score
+from llmvis.images import square
 from llmvis.metrics import psnr, retrieval_scores
 from llmvis.models.protocols import Encoder
+from llmvis.models.references import References
 from llmvis.models.sampling import Sampling
-from llmvis.models.synthesizer import FAITHFUL, SAMPLED, Synthesizer
+from llmvis.models.synthesizer import BEGUN, FAITHFUL, REFERENCE, SAMPLED, Synthesizer
 from llmvis.models.two_tower import TwoTower
 from llmvis.pictures import Pictures, load_collection, load_pairs, on_white
 from llmvis.recipe import Collection, Pairs, Recipe
 from llmvis.report import FigureTable, PictureGrid
+from llmvis.schema import UserError
+from llmvis.synthesis_data import instructed
 
 SHOWN = 24
 """Held-out pictures on a page: the first ones, not picked."""
@@ -84,7 +89,8 @@ def run_rows(model: Synthesizer, task: str, rows: Rows) -> list[Any]:
         assert rows.pictures is not None
         return list(model.translate(rows.pictures, rows.texts, seeds=rows.seeds, how=rows.how))
     if task == "generate":
-        return list(model.generate(rows.texts, seeds=rows.seeds, how=rows.how))
+        begin = None if rows.pictures is None else [Image.fromarray(x) for x in rows.pictures]
+        return list(model.generate(rows.texts, seeds=rows.seeds, how=rows.how, begin=begin))
     assert rows.pictures is not None
     return list(model.caption(rows.pictures))
 
@@ -138,8 +144,13 @@ def distortion(made: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 
 def held_out(pictures: Pictures, most: int | None) -> tuple[np.ndarray, list[str]]:
-    """Test pictures on white, `uint8 (N, S, S, 3)`, and their captions."""
+    """Test pictures on white, `uint8 (N, S, S, 3)`, and their captions; raises `UserError` where there is none."""
     rows = pictures.where("test")[:most]
+    if not len(rows):
+        raise UserError(
+            f"of {len(pictures.rows)} pictures none is held out for a test: of your own collections it is one "
+            "picture in twenty, so give more"
+        )
     return on_white(np.array(pictures.pixels[rows])), [pictures.rows[i].caption for i in rows]
 
 
@@ -152,6 +163,11 @@ def nearest(sources: np.ndarray, known: np.ndarray) -> np.ndarray:
     """For each of `sources` the row of `known` that is nearest in pixels: int64 (N,)."""
     a, b = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (sources, known))
     return np.asarray(((a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)).argmin(1))
+
+
+def commonest(texts: Sequence[str]) -> str:
+    """The text that is there most often, the first of them where several are."""
+    return Counter(texts).most_common(1)[0][0]
 
 
 def evaluate_reconstruct(side: int, run: Synthesise, judge: Judge, most: int | None = None) -> dict[str, Any]:
@@ -187,7 +203,7 @@ def evaluate_translate(
     for part in recipe.pairs:
         before, after = load_pairs(part, side)
         (source, captions), (real, _) = held_out(before, most), held_out(after, most)
-        told = [part.instructions[-1].replace("{caption}", caption) for caption in captions]
+        told = [instructed(part.instructions[-1], caption) for caption in captions]
         real_features = judge.features(real)
         made, seconds = {}, {}
         for name, texts, how in _ways(told, part):
@@ -228,7 +244,7 @@ def evaluate_translate(
 
 
 def _ways(told: list[str], part: Pairs) -> list[tuple[str, list[str], Sampling]]:
-    plain = part.instructions[0].replace("{caption}", "")
+    plain = instructed(part.instructions[0], "")
     return [
         ("translated", told, FAITHFUL),
         ("without_caption", [plain] * len(told), FAITHFUL),
@@ -239,14 +255,25 @@ def _ways(told: list[str], part: Pairs) -> list[tuple[str, list[str], Sampling]]
 def evaluate_generate(
     side: int, run: Synthesise, judge: Judge, style: str = "Noto emoji", most: int | None = None
 ) -> dict[str, Any]:
-    """Held-out names → pictures, judged by text search among them; real pictures are the ceiling."""
+    """Held-out names → pictures, judged by text search among them; real pictures are the ceiling.
+
+    Made as users get them, from the nearest known drawing (of the training split), and from words
+    alone. `reference` among the controls is that drawing as it is: what is not better than it owes
+    its rank to the choice of the drawing. `changed` is 1 − SSIM of a made picture with its drawing.
+    """
     everything = load_collection(Collection(name="noto", images="emoji"), side)
     real, captions = held_out(everything, most)
     known = on_white(np.array(everything.pixels[everything.where("train")]))
+    references = References(("train",))
+    begin = np.stack(
+        [np.asarray(square(references.picture(number), side)) for number in references.nearest(captions)]
+    )
     seeds = list(range(len(captions)))
+    asked = [f"{caption}, {style}" for caption in captions]
     begun = time.perf_counter()
-    made = np.stack(run("generate", Rows([f"{caption}, {style}" for caption in captions], None, seeds)))
+    made = np.stack(run("generate", Rows(asked, begin, seeds, BEGUN)))
     seconds = (time.perf_counter() - begun) / len(captions)
+    from_words = np.stack(run("generate", Rows(asked, None, seeds)))
     wordless = np.stack(run("generate", Rows([""] * len(captions), None, seeds)))
     texts = judge.encoder.encode_texts(captions)
     real_features = judge.features(real)
@@ -256,18 +283,22 @@ def evaluate_generate(
         return found | {"fd_lite0": frechet_distance(judge.features(pictures), real_features)}
 
     own = score(texts, judge.embed(made), captions)
-    controls = own.pop("controls") | {"without_words": judged(wordless), "real": judged(real)}
+    controls = own.pop("controls") | {
+        "reference": judged(begin), "without_words": judged(wordless), "real": judged(real),
+    }  # fmt: skip
     some = spread(known, len(real))
     controls["train"] = {"fd_lite0": frechet_distance(judge.features(some), real_features)}
     own |= {
         "fd_lite0": frechet_distance(judge.features(made), real_features),
+        "changed": 1 - distortion(made, begin)["ssim"],
         "seconds": seconds,
+        "ways": {"from_words": judged(from_words)},
         "controls": controls,
     }
-    grid = _grid(
-        "generate: held-out names", [("made", made[:SHOWN]), ("real", real[:SHOWN])], captions[:SHOWN]
-    )
-    return {"task": "generate", **own, "sampling": asdict(SAMPLED), "grids": [grid]}
+    shown = [("known", begin), ("made", made), ("from words", from_words), ("real", real)]
+    grid = _grid("generate: held-out names", [(n, x[:SHOWN]) for n, x in shown], captions[:SHOWN])
+    sampling = {"made": asdict(BEGUN), "from_words": asdict(SAMPLED), "share": REFERENCE}
+    return {"task": "generate", **own, "sampling": sampling, "grids": [grid]}
 
 
 def evaluate_caption(
@@ -292,7 +323,7 @@ def evaluate_caption(
     others = {
         "nearest": [everything.rows[train[i]].caption for i in near],
         "shuffled": list(np.roll(np.array(made, object), 1)),
-        "constant": [max({*captions}, key=captions.count)] * len(captions),
+        "constant": [commonest(captions)] * len(captions),
     }
     truth = judge.encoder.encode_texts(captions)
 

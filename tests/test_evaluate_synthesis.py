@@ -16,9 +16,11 @@ from llmvis.cluster.evaluate import on_actors
 from llmvis.evaluation_synthesis import (
     Judge,
     Rows,
+    commonest,
     distortion,
     evaluate_reconstruct,
     frechet_distance,
+    held_out,
     nearest,
     run_rows,
 )
@@ -26,6 +28,8 @@ from llmvis.metrics import psnr
 from llmvis.models.load import load_encoder
 from llmvis.models.synthesizer_files import load_synthesizer
 from llmvis.models.two_tower import load_two_tower
+from llmvis.pictures import Pictures, Row
+from llmvis.schema import UserError
 
 
 def test_frechet_distance_is_that_of_the_formula() -> None:
@@ -55,6 +59,17 @@ def test_the_nearest_row_is_found() -> None:
     assert nearest(known[[3, 7]], known).tolist() == [3, 7]
 
 
+def test_the_constant_caption_is_the_first_of_the_commonest() -> None:
+    words = [f"word {i}" for i in range(50)]
+    assert commonest(words) == "word 0" and commonest([*words, "word 33"]) == "word 33"
+
+
+def test_a_set_without_held_out_pictures_is_refused_in_words() -> None:
+    rows = [Row(str(i), "", (), str(i), "train") for i in range(3)]
+    with pytest.raises(UserError, match="of 3 pictures none is held out"):
+        held_out(Pictures(np.zeros((3, 8, 8, 4), np.uint8), rows), None)
+
+
 def test_reconstruction_is_scored_beside_its_controls() -> None:
     judge = Judge(load_encoder(), load_two_tower().model)
 
@@ -69,7 +84,7 @@ def test_reconstruction_is_scored_beside_its_controls() -> None:
     assert result["grids"][0].captions
 
 
-@pytest.mark.parametrize("task", ["reconstruct", "translate", "generate", "caption"])
+@pytest.mark.parametrize("task", ["reconstruct", "translate", "generate", "caption", "enhance"])
 def test_the_command_writes_figures_and_a_page_of_the_shipped_model(task: str, tmp_path: Path) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     command = [sys.executable, "-m", "jobs.evaluate", "--task", task, "--max-rows", "3"]
@@ -83,6 +98,7 @@ def test_the_command_writes_figures_and_a_page_of_the_shipped_model(task: str, t
         "translate": {"psnr", "ssim", "l1", "fd_lite0"},
         "generate": {"r_at_1", "r_at_10", "fd_lite0"},
         "caption": {"token_accuracy", "r_at_10"},
+        "enhance": {"psnr", "ssim", "l1"},
     }[task]
     assert wanted <= result.keys() and result["task"] == task and result["seconds"] > 0
     for control in result["controls"].values():

@@ -88,10 +88,22 @@ def test_shapes_of_tokeniser_and_discriminator() -> None:
 
 def test_an_untrained_branch_changes_nothing() -> None:
     tokenizer = ImageTokenizer(tiny().tokenizer).eval()
-    branch = SourceBranch(tokenizer.config).eval()
+    branch = SourceBranch(tokenizer.config, 12).eval()
     branch.start_from(tokenizer)
-    latents, source = torch.rand(1, 4, 4, 4), torch.rand(1, 3, 32, 32)
-    assert torch.allclose(branch.decode(latents, source), tokenizer.decode_latents(latents), atol=1e-6)
+    latents, source, words = torch.rand(1, 4, 4, 4), torch.rand(1, 3, 32, 32), torch.rand(1, 12)
+    made = branch.decode(latents, source, words)
+    assert torch.allclose(made, tokenizer.decode_latents(latents), atol=1e-6)
+
+
+def test_source_and_words_come_through_a_branch_that_lets_them() -> None:
+    tokenizer = ImageTokenizer(tiny().tokenizer).eval()
+    branch = SourceBranch(tokenizer.config, 12).eval()
+    for module in (*branch.join, *branch.change):
+        torch.nn.init.normal_(module.weight, std=0.1)
+    latents, source, words = torch.rand(1, 4, 4, 4), torch.rand(1, 3, 32, 32), torch.rand(1, 12)
+    made = branch.decode(latents, source, words)
+    assert not torch.allclose(made, branch.decode(latents, 1 - source, words), atol=1e-3)
+    assert not torch.allclose(made, branch.decode(latents, source, -words), atol=1e-3)
 
 
 def test_words_change_what_is_predicted_and_padding_does_not(model: Synthesizer) -> None:
@@ -159,6 +171,27 @@ def test_inpainting_keeps_every_pixel_outside_the_mask(model: Synthesizer, pictu
     assert (made[2] == pictures[2]).all()
 
 
+def test_a_mask_is_fitted_as_its_picture_is_and_a_thin_line_in_it_counts(model: Synthesizer) -> None:
+    """A picture of 2:1 lies in the middle band of the square; a line of one pixel is under a third of one there."""
+    picture = np.random.default_rng(0).integers(0, 256, (1, 50, 100, 3), dtype=np.uint8)
+    mask = np.zeros((1, 50, 100), bool)
+    mask[0, :, 70] = True
+    plain = model.inpaint(picture, np.zeros_like(mask), ["a hat"], how=QUICK)[0]
+    made = model.inpaint(picture, mask, ["a hat"], how=QUICK)[0]
+    changed = (made != plain).any(2)
+    column = 70 * 32 // 100
+    assert changed[8:24, column].mean() > 0.9
+    changed[8:24, column] = False
+    assert not changed.any()
+    small = model.inpaint(picture, mask[:, ::2, ::2], ["a hat"], how=QUICK)[0]  # of another resolution
+    assert (small != plain).any(2)[8:24, column].mean() > 0.9
+    tall = [Image.fromarray(picture[0]).transpose(Image.Transpose.ROTATE_90), Image.fromarray(picture[0])]
+    made = model.inpaint(tall, [np.ones((100, 50), bool), np.ones((50, 100), bool)], [""] * 2, how=QUICK)
+    assert (made[0][:, [0, 7, 24, 31]] == 255).all() and (made[1][[0, 7, 24, 31]] == 255).all()
+    with pytest.raises(ValueError, match="does not fit a picture of"):
+        model.inpaint(picture, np.zeros((1, 64, 64), bool), ["a hat"], how=QUICK)
+
+
 def test_pictures_of_any_size_and_kind_are_taken(model: Synthesizer) -> None:
     some = [
         Image.new("RGBA", (50, 20), (255, 0, 0, 0)),
@@ -181,7 +214,7 @@ def test_nothing_asked_gives_nothing(model: Synthesizer) -> None:
 
 def test_a_saved_model_is_the_model(model: Synthesizer, pictures: np.ndarray, tmp_path: Path) -> None:
     save_tokenizer(model.tokenizer, tmp_path / "tokenizer")
-    save_language(model.language, tmp_path / "language")
+    save_language(model.language, tmp_path / "language", model.tokenizer)
     read = load_synthesizer(tmp_path)
     assert read.branch is None and len(read.fingerprint) == 64
     assert (read.encode(pictures) == model.encode(pictures)).float().mean() > 0.95  # fp16 weights
@@ -191,7 +224,7 @@ def test_a_saved_model_is_the_model(model: Synthesizer, pictures: np.ndarray, tm
         assert torch.allclose(value, model.language.get_parameter(name), atol=2e-3), name
     assert (tmp_path / "language" / "model.safetensors").stat().st_size < 25e6  # without the words' table
 
-    branch = SourceBranch(model.tokenizer.config)
+    branch = SourceBranch(model.tokenizer.config, model.language.width)
     branch.start_from(model.tokenizer)
     save_branch(branch, tmp_path / "branch")
     again = load_synthesizer(tmp_path)
@@ -209,6 +242,26 @@ def test_a_folder_that_is_no_model_is_refused_with_words(model: Synthesizer, tmp
         load_tokenizer(tmp_path / "tokenizer")
     other = ImageTokenizer(replace(tiny().tokenizer, groups=1))
     save_tokenizer(other, tmp_path / "tokenizer")
-    save_language(model.language, tmp_path / "language")
+    save_language(model.language, tmp_path / "language", model.tokenizer)
     with pytest.raises(UserError, match="other code words"):
         load_synthesizer(tmp_path)
+
+
+def test_a_picture_that_begins_from_another_keeps_its_share_of_code_words(model: Synthesizer) -> None:
+    begin = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    codes = model.encode(begin)
+    whole = model.generate(["a", "b"], how=QUICK, begin=begin, share=1.0)
+    np.testing.assert_array_equal(whole, model.decode(codes))
+    none = model.generate(["a", "b"], how=QUICK, begin=begin, share=0.0)
+    np.testing.assert_array_equal(none, model.generate(["a", "b"], how=QUICK))
+    half = model.generate(["a", "b"], how=QUICK, begin=begin, share=0.5)
+    alone = model.generate(["b"], how=QUICK, begin=begin[1:], share=0.5)
+    np.testing.assert_array_equal(half[1:], alone)
+    assert not np.array_equal(half, whole) and not np.array_equal(half, none)
+
+
+def test_guidance_leads_away_from_negative_words(model: Synthesizer) -> None:
+    how = replace(QUICK, guidance=4.0)
+    plain = model.generate(["a house"], how=how)
+    assert not np.array_equal(plain, model.generate(["a house"], negatives=["a tree"], how=how))
+    np.testing.assert_array_equal(plain, model.generate(["a house"], negatives=[""], how=how))

@@ -76,6 +76,7 @@ class LanguageModel(nn.Module):
         )
         self.word_head = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.LayerNorm(wide))
         self.word_bias = nn.Parameter(torch.zeros(self.word_table.num_embeddings))
+        self._kept: Tensor | None = None
         self._takes = set(inspect.signature(transformer.forward).parameters)
 
     entries: Tensor
@@ -85,9 +86,28 @@ class LanguageModel(nn.Module):
         """K."""
         return self.config.grid**2
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.word_table.weight.shape[1])
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """As of any module; what was kept of the weights is forgotten."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def _tables(self) -> Tensor:
+        """Embeddings of all code words, float (G, C, D); kept while nothing is trained."""
+        if self.training:
+            return self.code_table + self.entries @ self.code_map
+        if self._kept is None:
+            self._kept = (self.code_table + self.entries @ self.code_map).detach()
+        return self._kept
+
     def embed_cells(self, target_BKG: Tensor, source_BKG: Tensor | None) -> Tensor:
         """Codes, `MASKED` where unknown or, for a source, where there is none → `(B, K, D)`."""
-        tables = self.code_table + self.entries @ self.code_map  # (G, C, D)
+        tables = self._tables()
         groups = torch.arange(self.config.groups, device=target_BKG.device)
         unknown = self.code_mask + self.word_table.weight[self.mask_word] / self.config.groups
         found = tables[groups, target_BKG.clamp(min=0)]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from llmvis.images import square, square_mask
 from llmvis.models.language import MASKED, LanguageModel
 from llmvis.models.sampling import Sampling, code_probabilities, fill_codes, fill_words, stream
 from llmvis.models.source_branch import SourceBranch
@@ -33,6 +34,10 @@ from llmvis.schema import UserError
 
 SAMPLED = Sampling()
 """Sharp and various: for pictures from words."""
+BEGUN = Sampling(steps=8, guidance=1.0, temperature=0.3, choice=4.0)
+"""For pictures that begin from a known drawing: what is there says most, so little is left to chance."""
+REFERENCE = 0.75
+"""Share of that drawing's cells that stay (benchmarks/LOG.md)."""
 FAITHFUL = Sampling(steps=1, guidance=0.0)
 """Expected code words in one step: for translation that keeps to its source."""
 
@@ -84,14 +89,32 @@ class Synthesizer:
         return np.concatenate([_bytes(self.tokenizer.decode(row[None].to(self.device))) for row in codes])
 
     def generate(
-        self, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, ids: Sequence[str] | None = None,
-        how: Sampling = SAMPLED,
+        self, prompts: Sequence[str], *, negatives: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None, ids: Sequence[str] | None = None, how: Sampling = SAMPLED,
+        begin: Sequence[Image.Image] | None = None, share: float = REFERENCE,
     ) -> np.ndarray:  # fmt: skip
-        """A picture for each prompt: `uint8 (B, S, S, 3)`. `ids` name the random streams (default: the prompt)."""
-        nothing = torch.full(self._shape, MASKED, device=self.device)
-        return self._made(
-            [nothing] * len(prompts), [None] * len(prompts), prompts, seeds, ids or prompts, how
-        )
+        """A picture for each prompt: `uint8 (B, S, S, 3)`.
+
+        `negatives` are what guidance leads away from (default: no words), `ids` name the random
+        streams (default: the prompt). `begin`: pictures whose code words each result begins
+        from, in a chance `share` of the cells; the rest is filled in under the prompt.
+        """
+        ids = ids or prompts
+        seeds = [0] * len(prompts) if seeds is None else seeds
+        targets = [torch.full(self._shape, MASKED, device=self.device)] * len(prompts)
+        if begin is not None:
+            _same_length(begin, prompts)
+            targets = [
+                self._some_codes(image, share, stream(f"begin/{key}", seed))
+                for image, key, seed in zip(self._rows(begin), ids, seeds, strict=True)
+            ]
+        return self._made(targets, [None] * len(prompts), prompts, seeds, ids, how, negatives)
+
+    def _some_codes(self, image: Tensor, share: float, random: np.random.Generator) -> Tensor:
+        """A picture's codes int64 (K, G), `MASKED` but in a chance `share` of the cells."""
+        codes = self.tokenizer.encode(image)[0].flatten(0, 1)
+        keep = np.argsort(random.random(len(codes))) < round(share * len(codes))
+        return codes.masked_fill(~torch.from_numpy(keep)[:, None].to(codes.device), MASKED)
 
     def translate(
         self, pictures: np.ndarray | Sequence[Image.Image], instructions: Sequence[str], *,
@@ -105,28 +128,37 @@ class Synthesizer:
         return self._made([nothing] * len(images), images, instructions, seeds, ids, how)
 
     def inpaint(
-        self, pictures: np.ndarray | Sequence[Image.Image], masks: np.ndarray, prompts: Sequence[str], *,
+        self, pictures: np.ndarray | Sequence[Image.Image], masks: np.ndarray | Sequence[np.ndarray],
+        prompts: Sequence[str], *,
         seeds: Sequence[int] | None = None, ids: Sequence[str] | None = None, how: Sampling = SAMPLED,
     ) -> np.ndarray:  # fmt: skip
-        """New content where `masks` (bool (B, H, W)) is True; elsewhere the picture's own pixels.
+        """New content where `masks` is True; elsewhere the picture's own pixels: `uint8 (B, S, S, 3)`.
 
-        Every cell that a mask touches is filled in; pixels outside the mask are put back.
+        A mask, bool (H, W), has its picture's shape, at any resolution, and is fitted as the picture
+        is. Every cell that it touches is filled in; pixels that it does not touch are put back.
+        Raises `ValueError` where a mask's shape is not its picture's.
         """
+        shapes = [
+            picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+            for picture in pictures
+        ]
         images = self._rows(pictures)
         _same_length(images, prompts)
         _same_length(images, masks)
-        region = torch.from_numpy(np.asarray(masks, bool)).float()[:, None].to(self.device)
-        cells = (
-            F.adaptive_max_pool2d(F.interpolate(region, (self.side, self.side)), self.tokenizer.config.grid)
-            > 0
-        )
+        regions = [
+            torch.from_numpy(square_mask(np.asarray(mask, bool), width, height, self.side)).float()
+            for mask, (height, width) in zip(masks, shapes, strict=True)
+        ]
         targets = []
-        for image, hole in zip(images, cells, strict=True):
+        for image, region in zip(images, regions, strict=True):
             codes = self.tokenizer.encode(image)[0].flatten(0, 1)
-            targets.append(codes.masked_fill(hole.flatten()[:, None], MASKED))
+            hole = F.adaptive_max_pool2d(region[None], self.tokenizer.config.grid).flatten() > 0
+            targets.append(codes.masked_fill(hole[:, None].to(self.device), MASKED))
         ids = ids or [f"{_digest(i)}/{text}" for i, text in zip(images, prompts, strict=True)]
         made = self._made(targets, [None] * len(images), prompts, seeds, ids, how)
-        inside = F.interpolate(region, (self.side, self.side)).permute(0, 2, 3, 1).cpu().numpy() > 0
+        if not images:
+            return made
+        inside = torch.stack(regions)[..., None].numpy() > 0
         return np.where(inside, made, np.concatenate([_bytes(image) for image in images]))
 
     def caption(self, pictures: np.ndarray | Sequence[Image.Image], *, steps: int = 8) -> list[str]:
@@ -148,39 +180,55 @@ class Synthesizer:
 
     def _made(
         self, targets: Sequence[Tensor], sources: Sequence[Tensor | None], texts: Sequence[str],
-        seeds: Sequence[int] | None, ids: Sequence[str], how: Sampling,
+        seeds: Sequence[int] | None, ids: Sequence[str], how: Sampling, negatives: Sequence[str] | None = None,
     ) -> np.ndarray:  # fmt: skip
         seeds = [0] * len(texts) if seeds is None else seeds
         _same_length(seeds, texts)
+        away = [self._empty] * len(texts) if negatives is None else self._read(negatives)
         out = []
-        for target, source, words, key, seed in zip(
-            targets, sources, self._read(texts), ids, seeds, strict=True
+        for target, source, words, empty, key, seed in zip(
+            targets, sources, self._read(texts), away, ids, seeds, strict=True
         ):
-            codes = None if source is None else self.tokenizer.encode(source)[0].flatten(0, 1)
-            out.append(_bytes(self._one(target, source, codes, words, how, stream(key, seed))))
+            out.append(_bytes(self._one(target, source, words, empty, how, stream(key, seed))))
         return np.concatenate(out) if out else np.zeros((0, self.side, self.side, 3), np.uint8)
 
     @torch.inference_mode()
     def _one(
-        self, target: Tensor, source: Tensor | None, codes: Tensor | None, words: tuple[Tensor, Tensor],
-        how: Sampling, random: np.random.Generator,
+        self, target: Tensor, source: Tensor | None, words: tuple[Tensor, Tensor],
+        empty: tuple[Tensor, Tensor], how: Sampling, random: np.random.Generator,
     ) -> Tensor:  # fmt: skip
-        """One row: `float (1, 3, S, S)` in 0 … 1."""
-        grid = self.tokenizer.config.grid
+        """One row: `float (1, 3, S, S)` in 0 … 1.
+
+        In one step the source branch works from source and words alone: expected code words blur, and
+        add nothing to it on new drawings (benchmarks/LOG.md).
+        """
+        config = self.tokenizer.config
+        grid = config.grid
+        if how.steps == 1 and self.branch is not None and source is not None:
+            latents = torch.zeros(1, config.groups * len(config.levels), grid, grid, device=self.device)
+            return self.branch.decode(latents, source, self.mean_words(*(part[None] for part in words)))
+        codes = None if source is None else self.tokenizer.encode(source)[0].flatten(0, 1)
         if how.steps == 1:
             log_p = code_probabilities(
-                self.language, *words, self._empty, target, codes, how.guidance, how.temperature
+                self.language, *words, empty, target, codes, how.guidance, how.temperature
             )
             known = target != MASKED
             sure = F.one_hot(target.clamp(min=0), log_p.shape[-1]).float()
             p = torch.where(known[..., None], sure, log_p.exp())
             latents = self.tokenizer.quantiser.expected(p.reshape(1, grid, grid, *p.shape[1:]))
         else:
-            filled = fill_codes(self.language, *words, self._empty, target, codes, how, random)
+            filled = fill_codes(self.language, *words, empty, target, codes, how, random)
             latents = self.tokenizer.quantiser.latents(filled.reshape(1, grid, grid, -1))
         if self.branch is not None and source is not None:
-            return self.branch.decode(latents, source)
+            return self.branch.decode(latents, source, self.mean_words(*(part[None] for part in words)))
         return self.tokenizer.decode_latents(latents)
+
+    @torch.inference_mode()
+    def mean_words(self, words: Tensor, attend: Tensor) -> Tensor:
+        """Ids int64 (B, W) and attention bool (B, W) → the mean of the words' embeddings, float (B, D)."""
+        there = attend[..., None].float()
+        mean: Tensor = (self.language.word_table(words) * there).sum(1) / there.sum(1)
+        return mean
 
     def _read(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         ids, attend = self.words(texts) if texts else (torch.empty(0), torch.empty(0))
@@ -197,12 +245,7 @@ class Synthesizer:
     def _row(self, picture: Image.Image) -> Tensor:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         flat = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-        scale = self.side / max(flat.size)
-        size = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
-        square = Image.new("RGB", (self.side, self.side), (255, 255, 255))
-        small = flat.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0) if flat.size != size else flat
-        square.paste(small, ((self.side - size[0]) // 2, (self.side - size[1]) // 2))
-        pixels = torch.from_numpy(np.array(square)).to(self.device)
+        pixels = torch.from_numpy(np.array(square(flat, self.side))).to(self.device)
         return pixels.permute(2, 0, 1)[None].float() / 255
 
 

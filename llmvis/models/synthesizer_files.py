@@ -6,7 +6,6 @@ model that it began from, which is named in its config.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -20,10 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmvis.models.language import LanguageConfig, LanguageModel
 from llmvis.models.language_model import language_model_folder
+from llmvis.models.load_synthesis import fingerprint_of
 from llmvis.models.source_branch import SourceBranch
 from llmvis.models.synthesizer import Synthesizer, Words
 from llmvis.models.tokenizer import ImageTokenizer, Quantiser
-from llmvis.models.tokenizer_files import load_tokenizer
+from llmvis.models.tokenizer_files import encoder_digest, load_tokenizer
 from llmvis.schema import UserError
 
 MODEL_TYPE = "llmvis-language"
@@ -46,13 +46,15 @@ def load_synthesizer(folder: Path | str | None = None, device: str = "cpu") -> S
         tokenizer.config.levels,
     ):
         raise UserError(f"{path}: language/ was trained for other code words than those of tokenizer/")
+    if made_for(path / "language") not in (None, encoder_digest(tokenizer)):
+        raise UserError(f"{path}: language/ was trained for another tokenizer/: train --stage language again")
     language, words = new_language(config, tokenizer)
     _load_trained(language, load_file(path / "language" / WEIGHTS), path)
     branch = None
     if (path / "branch" / WEIGHTS).is_file():
-        branch = SourceBranch(tokenizer.config)
+        branch = SourceBranch(tokenizer.config, language.width)
         branch.load_state_dict(_float(load_file(path / "branch" / WEIGHTS)))
-    return Synthesizer(tokenizer, language, words, branch, _fingerprint(path), device)
+    return Synthesizer(tokenizer, language, words, branch, fingerprint_of(path), device)
 
 
 def new_language(config: LanguageConfig, tokenizer: ImageTokenizer) -> tuple[LanguageModel, Words]:
@@ -72,12 +74,18 @@ def new_language(config: LanguageConfig, tokenizer: ImageTokenizer) -> tuple[Lan
     return LanguageModel(config, transformer, quantiser.entries, words.tokenizer.mask_token_id), words
 
 
-def save_language(model: LanguageModel, folder: Path) -> None:
-    """Config and what training changed, as fp16."""
+def save_language(model: LanguageModel, folder: Path, tokenizer: ImageTokenizer) -> None:
+    """Config, whose code words it knows, and what training changed, as fp16."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": MODEL_TYPE, **asdict(model.config)}
+    config = {"model_type": MODEL_TYPE, **asdict(model.config), "encoder": encoder_digest(tokenizer)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file({name: t.half().cpu().contiguous() for name, t in _trained(model).items()}, folder / WEIGHTS)
+
+
+def made_for(folder: Path) -> str | None:
+    """Digest of the encoder whose code words the language model of a folder knows; None where it is not told."""
+    digest = json.loads((folder / CONFIG).read_text()).get("encoder")
+    return None if digest is None else str(digest)
 
 
 def save_branch(branch: SourceBranch, folder: Path) -> None:
@@ -115,17 +123,6 @@ def _read_config(folder: Path) -> LanguageConfig:
         raise UserError(
             f"{folder / CONFIG} is not of a language model of ours: train one with --stage language"
         )
+    told.pop("encoder", None)  # see `made_for`
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
     return LanguageConfig(**values)
-
-
-def _fingerprint(path: Path) -> str:
-    """sha256 over names and bytes of every config and weights file."""
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.name in (CONFIG, WEIGHTS):
-            with file.open("rb") as opened:
-                total.update(
-                    f"{file.relative_to(path)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode()
-                )
-    return total.hexdigest()
