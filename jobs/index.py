@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llmvis.config import IndexConfig, parse
 from llmvis.entry import entry
-from llmvis.index import IndexInfo, build
+from llmvis.index import IndexInfo, build, read_info
 from llmvis.ledger import read_data, read_manifest
 from llmvis.plan import refuse_foreign
 from llmvis.storage import Store
@@ -40,15 +40,20 @@ def run(config: IndexConfig) -> dict[str, Any]:
     out = Store(config.out)
     with out.lock():
         refuse_foreign(out, {"CURRENT", "manifests", "shards"})
-        built = build(out, IndexInfo(model=manifest["model"], source=manifest["source"]), tables())
-    if built["rows"] != rows:
-        raise AssertionError(f"{built['rows']} rows indexed of {rows}")
+        before = read_info(config.out)["rows"] if config.add else 0
+        info = IndexInfo(model=manifest["model"], source=manifest["source"])
+        built = build(out, info, tables(), add=config.add)
+    new = built["rows"] - before
+    if new != rows and not (config.add and 0 <= new < rows):
+        raise AssertionError(f"{new} rows indexed of {rows}")
     count = sum(s[part]["bytes"] for s in built["shards"] for part in ("vectors", "metadata"))
     seconds = time.perf_counter() - begun
-    report = {"job": "index", "version": built["version"], "rows": rows, "dim": dim, "bytes": count}
+    report = {"job": "index", "version": built["version"], "rows": built["rows"], "new": new, "dim": dim}
+    report |= {"bytes": count, "already_there": rows - new}
     report |= {"wall_s": round(seconds, 3), "model": built["model"]["name"], "kind": built["kind"]}
     where = f"{size(count)} in {config.out} (version {built['version']})"
-    print(f"index: {rows:,} vectors × {dim}, exact, {where}, {seconds:.1f} s")
+    added = f" ({new:,} new, {rows - new:,} there already)" if config.add else ""
+    print(f"index: {built['rows']:,} vectors × {dim}{added}, exact, {where}, {seconds:.1f} s")
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -5,9 +5,9 @@
     shards/000001-00000.npy, .arrow
 
 A build writes new files and then swaps CURRENT, so a reader has one version or the
-next and never a mix. No file is opened for use before its hash is checked: flipped
-bits would load without an error and answer wrong. The only module that imports faiss;
-it does not know where vectors come from or what a picture is.
+next and never a mix. Adding writes new shards beside the ones there. No file is opened for
+use before its hash is checked: flipped bits would load without an error and answer wrong.
+The only module that imports faiss; it does not know where vectors come from or what a picture is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import faiss
@@ -30,6 +29,8 @@ from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file, verif
 
 F32 = npt.NDArray[np.float32]
 
+SOURCE = "_source"
+"""In a hit's metadata: which of the index's sources opens its picture."""
 SHARD_ROWS = 1_000_000
 BLOCK_ROWS = 65_536
 """Rows that are in memory as float32 at a time while a shard is scanned."""
@@ -51,18 +52,34 @@ class IndexInfo:
     source: dict[str, Any]  # opens the pictures again: sources.open_reader
 
 
-def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table]) -> dict[str, Any]:
+def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table], *, add: bool = False) -> dict[str, Any]:
     """Publishes a new version from tables with an `embedding` column (`fixed_size_list<float16>[D]`).
 
     All other columns become metadata. Streams: one table and one shard's metadata in
-    memory. Call it under `store.lock()`. Returns the manifest. Raises
-    `IndexMismatchError` if a table's dimension is not the model's.
+    memory. Call it under `store.lock()`. Returns the manifest.
+
+    add: the rows of the current version stay, and of the new ones those come in whose `id` it
+    does not have.
+
+    Raises:
+        IndexMismatchError: a table's dimension is not the model's, or what is added to is of another model.
+        StorageError: there is nothing to add to.
     """
     version = 1 + max((int(name[-11:-5]) for name in store.names("manifests")), default=0)
-    shards = []
+    shards: list[dict[str, Any]] = []
+    sources: list[dict[str, Any]] = []
+    if add:
+        with open_index(str(store.root), info.model["fingerprint"]) as old:
+            shards, sources = list(old.manifest["shards"]), list(old.sources)
+            tables = _without(tables, old.ids())
+    if info.source not in sources:
+        sources.append(info.source)
     for number, group in enumerate(_groups(tables, SHARD_ROWS)):
         name = f"shards/{version:06}-{number:05}"
-        shards.append(_write_shard(store, name, group, int(info.model["dim"])))
+        shard = _write_shard(store, name, group, int(info.model["dim"]))
+        shards.append({**shard, "source": sources.index(info.source)})
+    if add and not any(shard["vectors"]["name"].startswith(f"shards/{version:06}") for shard in shards):
+        return _current(store)  # all of it was there
     manifest = {
         "format": FORMAT_VERSION,
         "version": version,
@@ -70,7 +87,7 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table]) -> dict[str
         "metric": "inner_product",
         "dtype": "float16",
         "model": info.model,
-        "source": info.source,
+        "sources": sources,
         "rows": sum(s["rows"] for s in shards),
         "shards": shards,
         "faiss": faiss.__version__,
@@ -82,11 +99,19 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table]) -> dict[str
     return manifest
 
 
+def _without(tables: Iterable[pa.Table], known: set[str]) -> Iterator[pa.Table]:
+    """The rows whose id is not known."""
+    for table in tables:
+        new = [row_id not in known for row_id in table["id"].to_pylist()]
+        yield table if all(new) else table.filter(pa.array(new, pa.bool_()))
+
+
 def _sweep(store: Store, version: int) -> None:
     """Removes what versions before the last one left, and builds that failed; open readers keep their files."""
-    for folder in ("manifests", "shards"):
-        kept = {n for n in store.names(folder) if int(Path(n).name[:6]) in (version - 1, version)}
-        store.sweep(folder, kept)
+    manifests = {f"manifests/{v:06}.json" for v in (version - 1, version)} & set(store.names("manifests"))
+    shards = [shard for name in manifests for shard in store.read_json(name)["shards"]]
+    store.sweep("manifests", manifests)
+    store.sweep("shards", {shard[part]["name"] for shard in shards for part in ("vectors", "metadata")})
 
 
 def _groups(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
@@ -148,6 +173,8 @@ class FlatIndex:
         self.manifest = manifest
         self.dim = int(manifest["model"]["dim"])
         self.rows = int(manifest["rows"])
+        self.sources: list[dict[str, Any]] = manifest["sources"]
+        """What opens pictures again (`sources.open_reader`); a hit's metadata says which one."""
         self._close = ExitStack()
         self._shards = [self._open(store, shard) for shard in manifest["shards"]]
 
@@ -190,15 +217,26 @@ class FlatIndex:
         return best, rows
 
     def metadata(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """The metadata of global rows `(N,)`, in their order."""
+        """The metadata of global rows `(N,)`, in their order; `SOURCE` is a place in `sources`."""
         sizes = np.array([len(vectors) for vectors, _ in self._shards])
         ends = np.cumsum(sizes)
         found = []
         for row in rows:
             shard = int(np.searchsorted(ends, row, side="right"))
             local = int(row - (ends[shard] - sizes[shard]))
-            found.append(self._shards[shard][1].slice(local, 1).to_pylist()[0])
+            (row_metadata,) = self._shards[shard][1].slice(local, 1).to_pylist()
+            found.append({**row_metadata, SOURCE: self.manifest["shards"][shard]["source"]})
         return found
+
+    def ids(self) -> set[str]:
+        """The `id` of every row."""
+        return {row_id for _, metadata in self._shards for row_id in metadata["id"].to_pylist()}
+
+    def __enter__(self) -> FlatIndex:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._shards = []

@@ -8,15 +8,17 @@ the index's own reader opens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from llmvis.images import decode
-from llmvis.index import FlatIndex
+from llmvis.index import SOURCE, FlatIndex
 from llmvis.models.protocols import Encoder
 from llmvis.schema import ItemError, UserError
 from llmvis.sources import open_reader
@@ -39,6 +41,7 @@ class Query:
     text_weight: float = 1.0
     image_weight: float = 1.0
     avoid_weight: float = 0.5
+    imagine_weight: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class Hit:
     width: int
     height: int
     locator: bytes
+    source: int = 0  # which of the index's sources opens it
     columns: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +66,10 @@ class Hit:
         return ours | {name: _plain(value) for name, value in self.columns.items() if name not in ours}
 
 
-def query_vector(query: Query, encoder: Encoder) -> F32:
+def query_vector(query: Query, encoder: Encoder, imagined: Sequence[Image.Image] = ()) -> F32:
     """The question as `float32 (1, D)`, unit length.
+
+    `imagined`: pictures of what is looked for; the mean of their vectors counts `imagine_weight`.
 
     Raises `QueryError` where there is nothing to look for, the picture cannot be read,
     or the parts cancel out.
@@ -75,6 +81,9 @@ def query_vector(query: Query, encoder: Encoder) -> F32:
         parts.append((query.text_weight, vectors[0]))
     if query.image:
         parts.append((query.image_weight, _picture(query.image, encoder)))
+    if imagined:
+        ready = np.stack([encoder.info.preprocess(image) for image in imagined])
+        parts.append((query.imagine_weight, encoder.encode_images(ready).mean(0)))
     if not parts:
         raise QueryError("nothing to search for: give a text, --image, or both")
     parts += [(-query.avoid_weight, v) for v in vectors[len(vectors) - len(query.avoid) :]]
@@ -100,10 +109,9 @@ def _picture(path: str, encoder: Encoder) -> F32:
 def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:
     """For each of `vectors (Q, D)` its k best hits; k asked is k got, if the index has as many."""
     scores, rows = index.search(vectors, k)
-    source = index.manifest["source"]
     return [
         [
-            _hit(rank, float(score), metadata, source)
+            _hit(rank, float(score), metadata, index.sources)
             for rank, (score, metadata) in enumerate(zip(s, index.metadata(r), strict=True), 1)
         ]
         for s, r in zip(scores, rows, strict=True)
@@ -120,15 +128,18 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _hit(rank: int, score: float, row: dict[str, Any], source: dict[str, Any]) -> Hit:
+def _hit(rank: int, score: float, row: dict[str, Any], sources: list[dict[str, Any]]) -> Hit:
     own = {name: row.pop(name) for name in ("id", "caption", "width", "height", "locator")}
+    own["source"] = row.pop(SOURCE)
     row.pop("caption_truncated")
-    path = str(Path(source["shown_root"]) / row.pop("path"))
+    path = str(Path(sources[own["source"]]["shown_root"]) / row.pop("path"))
     return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
 
 
 def pictures(index: FlatIndex, hits: list[Hit]) -> list[bytes | None]:
     """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
-    reader = open_reader(index.manifest["source"])
-    found = reader.read([hit.locator for hit in hits])
-    return [None if isinstance(data, ItemError) else data for data in found]
+    found: dict[int, bytes | ItemError] = {}
+    for number, source in enumerate(index.sources):
+        some = [i for i, hit in enumerate(hits) if hit.source == number]
+        found |= dict(zip(some, open_reader(source).read([hits[i].locator for i in some]), strict=True))
+    return [None if isinstance(data, ItemError) else data for _, data in sorted(found.items())]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from llmvis import index as index_module
-from llmvis.index import FlatIndex, IndexInfo, IndexMismatchError, build, open_index
+from llmvis.index import SOURCE, FlatIndex, IndexInfo, IndexMismatchError, build, open_index
 from llmvis.storage import StorageError, Store
 
 DIM = 24
@@ -152,3 +152,40 @@ def test_a_build_that_fails_leaves_the_old_version_in_force(tmp_path: Path) -> N
     with pytest.raises(OSError, match="fire"):
         build(Store(tmp_path), IndexInfo(model=MODEL, source={}), tables())  # type: ignore[arg-type]
     assert open_index(str(tmp_path)).rows == 5
+
+
+def test_added_rows_stand_beside_the_old_ones_and_known_ids_stay_out(tmp_path: Path) -> None:
+    vectors = unit(40)
+    make(tmp_path, vectors[:20]).close()
+    more = IndexInfo(model=MODEL, source={"kind": "another"})
+    for _ in range(2):  # the second time there is nothing new
+        built = build(Store(tmp_path), more, [table(vectors[10:30], 10), table(vectors[30:], 30)], add=True)
+        assert (built["version"], built["rows"], len(built["shards"])) == (2, 40, 2)
+    with open_index(str(tmp_path), MODEL["fingerprint"]) as index:
+        _, rows = index.search(unit(5, seed=1), 40)
+        np.testing.assert_array_equal(rows, brute_force(vectors, unit(5, seed=1), 40))
+        assert [m["id"] for m in index.metadata(np.arange(40))] == [f"id{i}" for i in range(40)]
+        assert [m[SOURCE] for m in index.metadata(np.array([0, 19, 20, 39]))] == [0, 0, 1, 1]
+        assert index.sources == [{}, {"kind": "another"}]
+
+
+def test_what_was_there_before_an_addition_stays_open_for_readers(tmp_path: Path) -> None:
+    vectors = unit(30)
+    old = make(tmp_path, vectors[:10])
+    for at in (10, 20):
+        build(
+            Store(tmp_path), IndexInfo(model=MODEL, source={}), [table(vectors[at : at + 10], at)], add=True
+        )
+    assert old.search(unit(1, seed=1), 50)[1].shape == (1, 10)
+    assert make(tmp_path, vectors[:5]).rows == 5  # a build of its own takes the place of all
+    names = Store(tmp_path).names("shards")
+    assert len(names) == 8, "files of the version before, and of this one"
+
+
+def test_adding_to_another_model_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, unit(5))
+    other = IndexInfo(model={**MODEL, "fingerprint": "a" * 64}, source={})
+    with pytest.raises(IndexMismatchError, match="was made with tiny"):
+        build(Store(tmp_path), other, [table(unit(5))], add=True)
+    with pytest.raises(StorageError, match="is no index"):
+        build(Store(tmp_path / "none"), other, [table(unit(5))], add=True)
