@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,9 @@ _SETTINGS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
 )
+_WANTED = (*_WEIGHTS, *_SETTINGS, "README.md")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = "transformers-1"
 """Part of the fingerprint: change it when the adapter gives other embeddings for the same files."""
 
@@ -66,7 +68,7 @@ def describe_encoder(name: str | None = None) -> EncoderInfo:
         from llmvis.models.two_tower_info import describe_two_tower
 
         return describe_two_tower()
-    folder, title = _locate(str(name))
+    folder, title = locate(str(name), _WANTED)
     config = _read_config(folder)
     if config.get("model_type") == TWO_TOWER:
         from llmvis.models.two_tower_info import describe_two_tower
@@ -84,7 +86,7 @@ def describe_encoder(name: str | None = None) -> EncoderInfo:
         fingerprint=_fingerprint(folder),
         dim=_dimension(config, folder),
         preprocess=ProcessorPreprocess.from_folder(folder, str(config.get("model_type", ""))),
-        licence=_licence(folder),
+        licence=licence_of(folder),
     )
 
 
@@ -104,9 +106,6 @@ def load_encoder(
     Raises:
         EncoderError: as `describe_encoder`, or the loaded model differs from its description.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading local files, a second's work
     import torch
 
     if threads is not None:
@@ -117,7 +116,7 @@ def load_encoder(
         from llmvis.models.two_tower import load_two_tower
 
         return load_two_tower(device=device)
-    folder, _ = _locate(str(name))
+    folder, _ = locate(str(name), _WANTED)
     if _read_config(folder).get("model_type") == TWO_TOWER:
         from llmvis.models.two_tower import load_two_tower
 
@@ -127,23 +126,26 @@ def load_encoder(
     return TransformersEncoder(folder, describe_encoder(name), device=device, dtype=dtype)
 
 
-def _locate(name: str) -> tuple[Path, str]:
-    """The folder that holds a model, and the name to keep in manifests."""
+def locate(name: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> tuple[Path, str]:
+    """The folder that holds a model, and the name to keep in manifests.
+
+    wanted, unwanted: patterns of the files to download, where `name` is a Hugging Face name.
+    Raises `EncoderError` where there is none, or the hub can't be reached; with what to do.
+    """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder.resolve(), str(folder.resolve())
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise EncoderError(f"no folder {name!r}; give a folder with config.json, or a Hugging Face name")
-    return _download(name), name
+        raise EncoderError(f"no folder {name!r}; give a folder with a model in it, or a Hugging Face name")
+    return _download(name, wanted, unwanted), name
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = [*_WEIGHTS, *_SETTINGS, "README.md"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(unwanted)))
     except HFValidationError as e:
         raise EncoderError(f"{name!r} is neither a folder here nor a Hugging Face name") from e
     except HfHubHTTPError as e:
@@ -184,7 +186,7 @@ def _check_weights(folder: Path) -> None:
                 f"{folder} lacks {', '.join(missing)}, which {index.name} names; copy it again"
             )
         return
-    pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
+    pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
     if pickled:
         raise EncoderError(
             f"{folder} has its weights only as {', '.join(pickled)}: pickle, which can run code when it "
@@ -222,7 +224,7 @@ def _fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _licence(folder: Path) -> str:
+def licence_of(folder: Path) -> str:
     """`license:` of the model card's front matter."""
     card = folder / "README.md"
     if not card.is_file():
