@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from llmvis.cluster.jobs import Mapping, Pool, run_job
-from llmvis.cluster.session import session
+from llmvis.cluster.jobs import Mapping, Pool
+from llmvis.cluster.planned import Way, run_planned
 from llmvis.config import EncodeConfig, parse
 from llmvis.encode import LoadEncoder, ReadPictures
 from llmvis.entry import entry
-from llmvis.ledger import committed
 from llmvis.models.load import describe_encoder, load_encoder
 from llmvis.models.protocols import EncoderInfo
-from llmvis.plan import Plan, check_same, existing, plan_aside
 from llmvis.schema import encoded
 from llmvis.sources import Source, SourceOptions, open_reader, open_source
-from llmvis.storage import Store
-from llmvis.summary import plan_lines, report_lines
 
 
 def mapping(config: EncodeConfig, source: Source, info: EncoderInfo) -> Mapping:
@@ -59,39 +53,16 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     )
     source = open_source(config.images, options)
     info = describe_encoder(config.model)
-    job = mapping(config, source, info)
-
-    def announce(plan: Plan) -> None:
-        what = {"model": f"{info.name}, {info.dim} dimensions ({info.licence})", "out": config.out}
-        print(
-            "\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=2 * info.dim + 100)), flush=True
-        )
-
-    if config.dry_run:
-        with plan_aside(
-            job=job.job, source=source, settings=job.settings, shard_items=config.shard_items
-        ) as (plan, listing):
-            announce(plan)
-            _compare(Store(config.out), plan, listing)
-        return {}
-    pool = Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items)
-    with session(config.num_cpus):
-        report = run_job(job, source, config.out, pool, announce=announce)
-    print("\n".join(report_lines(report, config.out)))
-    if config.json:
-        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
-    return report
-
-
-def _compare(store: Store, plan: Plan, listing: Path) -> None:
-    """Says how far the job in `store` is; raises `PlanError` where it is another one."""
-    old = existing(store)
-    if old is None:
-        return
-    check_same(store, old, plan, listing)
-    print(
-        f"  so far     {len(committed(store)):,} of {old.shards:,} shards are done; the job goes on from there"
+    way = Way(
+        out=config.out,
+        pool=Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items),
+        dry_run=config.dry_run,
+        num_cpus=config.num_cpus,
+        json=config.json,
+        what={"model": f"{info.name}, {info.dim} dimensions ({info.licence})"},
+        row_bytes=2 * info.dim + 100,
     )
+    return run_planned(mapping(config, source, info), source, way)
 
 
 def main() -> None:

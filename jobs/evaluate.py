@@ -18,7 +18,8 @@ _HEAD = ("pool", "size", "R@1", "R@5", "R@10", "median rank", "random R@10", "sh
 def main() -> None:
     """Command line."""
     config = parse(EvaluateConfig, "python -m jobs.evaluate")
-    result = _retrieval(config) if config.task == "retrieval" else _synthesis(config)
+    ways = {"retrieval": _retrieval, "enhance": _enhance}
+    result = ways.get(config.task, _synthesis)(config)
     if config.json is not None:
         write_json(result, config.json)
         print(f"figures: {config.json}")
@@ -36,11 +37,11 @@ def _retrieval(config: EvaluateConfig) -> dict[str, Any]:
 
 def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
     from llmvis import evaluation_synthesis as judging
+    from llmvis.evaluation_imagine import evaluate_imagine
     from llmvis.models.load import load_encoder
     from llmvis.models.synthesizer_files import load_synthesizer
     from llmvis.models.two_tower import load_two_tower
     from llmvis.recipe import read_recipe
-    from llmvis.report import grids
 
     model = load_synthesizer(config.model, config.device)
     judge = judging.Judge(load_encoder(config.encoder), load_two_tower().model)
@@ -53,6 +54,8 @@ def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
             return judging.evaluate_translate(side, run, judge, read_recipe(config.recipe), most)
         if config.task == "generate":
             return judging.evaluate_generate(side, run, judge, most=most)
+        if config.task == "imagine":
+            return evaluate_imagine(side, run, judge, most)
         return judging.evaluate_caption(side, run, judge, lambda texts: model.words(texts)[0].numpy(), most)
 
     if config.actors:
@@ -67,13 +70,33 @@ def _synthesis(config: EvaluateConfig) -> dict[str, Any]:
     if config.task == "generate" and config.html is not None:
         pictures += _why(model, judge, pictures[0])
     result |= {"model": config.model or "packaged", "fingerprint": model.fingerprint, "side": model.side}
-    tables = judging.figure_tables(result)
+    _show(config, result, pictures, f"{model.side} px")
+    return result
+
+
+def _enhance(config: EvaluateConfig) -> dict[str, Any]:
+    from llmvis.evaluation_enhance import SIDE, evaluate_enhance
+    from llmvis.models.load_restorer import load_picture_restorer
+
+    restorer = load_picture_restorer(config.model, device=config.device)
+    result = evaluate_enhance(restorer, config.max_rows)
+    pictures = result.pop("grids")
+    result |= {"model": restorer.info.name, "fingerprint": restorer.info.fingerprint, "side": SIDE}
+    _show(config, result, pictures, f"held-out Noto emoji, {SIDE} px, spoilt here")
+    return result
+
+
+def _show(config: EvaluateConfig, result: dict[str, Any], pictures: list[Any], note: str) -> None:
+    """Figures on the terminal, and on the page if there is to be one."""
+    from llmvis.evaluation_synthesis import figure_tables
+    from llmvis.report import grids
+
+    tables = figure_tables(result)
     for table in tables:
         _print(f"{config.task}: {table.title}", table.head, table.rows)
     if config.html is not None:
-        grids(config.html, f"{config.task}: held-out pictures", pictures, tables, note=f"{model.side} px")
+        grids(config.html, f"{config.task}: held-out pictures", pictures, tables, note=note)
         print(f"page: {config.html}")
-    return result
 
 
 def _why(model: Any, judge: Any, generated: Any) -> list[Any]:
@@ -81,7 +104,7 @@ def _why(model: Any, judge: Any, generated: Any) -> list[Any]:
     from llmvis.evaluation_why import attention_grid, saliency_grid
     from llmvis.models.two_tower import TwoTowerEncoder
 
-    made, captions = generated.rows[0][1], list(generated.captions)
+    made, captions = dict(generated.rows)["made"], list(generated.captions)
     grids = [attention_grid(model, x, text) for x, text in zip(made[:3], captions[:3], strict=True)]
     if isinstance(judge.encoder, TwoTowerEncoder):
         grids.append(saliency_grid(judge.encoder, made, captions))

@@ -10,9 +10,9 @@ import argparse
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -69,9 +69,9 @@ class EncodeConfig:
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_pixels", "max_bytes", "actors", "num_cpus", "shard_items")
-        _at_least(self, 0, "gpus_per_actor")
-        _check_file(self.json)
+        at_least(self, 1, "max_pixels", "max_bytes", "actors", "num_cpus", "shard_items")
+        at_least(self, 0, "gpus_per_actor")
+        check_file(self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +81,23 @@ class IndexConfig:
     For example:
 
       python -m jobs.index --embeddings enc/ --out idx/
+
+      python -m jobs.index --embeddings more/ --out idx/ --add
     """
 
     embeddings: str
     """The --out folder of a finished `jobs.encode`."""
     out: str
     """Folder for the index; a new build there takes over in one step, readers keep what they have open."""
+    add: bool = False
+    """Add to the index that is there, instead of taking its place; a picture whose id it has is left out."""
     dry_run: bool = False
     """Print the plan and stop."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
-        _check_file(self.json)
+        check_file(self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,10 @@ class SearchConfig:
     """How much the picture counts, against --text-weight."""
     not_weight: float = 0.5
     """How much each --not text pushes away."""
+    imagine: int = 0
+    """Make so many pictures of the text first, and look for them too; off, since it does not help (see the README)."""
+    imagine_weight: float = 0.5
+    """How much they count, against --text-weight."""
     json: bool = False
     """Print a JSON list of hits: rank, id, score, path, caption, width, height, and your own columns."""
     html: str | None = None
@@ -135,9 +143,12 @@ class SearchConfig:
     """Where the index's model lies on this machine, if not where it was encoded."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "k")
+        at_least(self, 1, "k")
+        at_least(self, 0, "imagine", "imagine_weight")
+        if self.imagine and not self.text:
+            raise UserError("--imagine makes pictures of a text: give one")
         for file in (self.html, self.sheet):
-            _check_file(file)
+            check_file(file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +166,10 @@ class DemoConfig:
     """Pictures for each query."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "k")
+        at_least(self, 1, "k")
 
 
-def _at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: float, *names: str) -> None:
     """Raises `UserError` for the first of these fields that holds less."""
     for name in names:
         value = getattr(config, name)
@@ -166,7 +177,7 @@ def _at_least(config: Any, least: float, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
 
 
-def _check_file(name: str | None) -> None:
+def check_file(name: str | None) -> None:
     """Raises `UserError` unless a file can be made there: better before the work than after."""
     if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
         raise UserError(f"{name} cannot be a file: give a file name in a folder that exists")
@@ -181,31 +192,49 @@ def parse(config: type[ConfigT], prog: str, args: Sequence[str] | None = None) -
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     file, given = early.parse_known_args(sys.argv[1:] if args is None else args)
-    default: Any = _from_yaml(config, file.config, prog) if file.config else tyro.MISSING_NONPROP
+    told = _from_yaml(config, file.config, given) if file.config else []
     note = "\n\n--config FILE.yaml takes any of these from a file, as `name: value`; flags override it."
     description = inspect.cleandoc(config.__doc__ or "") + note
-    made: ConfigT = tyro.cli(config, prog=prog, args=given, default=default, description=description)
+    made: ConfigT = tyro.cli(config, prog=prog, args=[*told, *given], description=description)
     return made
 
 
-def _from_yaml(config: type[ConfigT], file: str, prog: str) -> ConfigT:
+def _from_yaml(config: type[Any], file: str, given: Sequence[str]) -> list[str]:
+    """The file's values as flags, so that they are read and checked as flags are; none that `given` has."""
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(file).read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold `name: value` lines")
-    known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    values = {key if key in known else f"{key}_": value for key, value in values.items()}
-    if wrong := sorted(key.rstrip("_") for key in values.keys() - known.keys()):
+    known = _flags(config)
+    if wrong := sorted(values.keys() - known.keys()):
         raise UserError(f"{file}: unknown {', '.join(wrong)}; known: {', '.join(known)}")
-    missing = {
-        name: tyro.MISSING
-        for name, f in known.items()
-        if name not in values and f.default is MISSING and f.default_factory is MISSING
-    }
-    try:
-        return config(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **missing)
-    except TypeError as error:
-        raise UserError(f"{file}: {error}") from error
+    told, first = [], list[str]()
+    for name, value in values.items():
+        flag, no = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
+        items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        if value is None or any(text.partition("=")[0] in (flag, no) for text in given):
+            continue
+        if "Positional" in known[name]:
+            first += items
+        elif isinstance(value, bool):
+            told.append(flag if value else no)
+        elif "UseAppendAction" in known[name] or not isinstance(value, list):
+            told += [f"{flag}={item}" for item in items]
+        else:
+            told += [flag, *items]
+    return [*first, *told]
+
+
+def _flags(config: type[Any]) -> dict[str, str]:
+    """Names of a config's flags, and how each is declared; those of a config in it stand among them."""
+    hints = get_type_hints(config, include_extras=True)
+    plain = get_type_hints(config)
+    found: dict[str, str] = {}
+    for field in fields(config):
+        inner = plain[field.name]
+        nested = isinstance(inner, type) and is_dataclass(inner)
+        found |= _flags(inner) if nested else {field.name.rstrip("_"): repr(hints[field.name])}
+    return found

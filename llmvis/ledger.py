@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmvis.plan import Plan
-from llmvis.schema import FORMAT_VERSION, ItemError, Reason
+from llmvis.schema import FORMAT_VERSION, SCORES, ItemError, Reason
 from llmvis.storage import StorageError, Store, sha256_bytes, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a shard's rows become one file: `pack` gives its bytes, `ending` its kind. Picklable."""
+
+    ending: str
+    pack: Callable[[pa.Table], bytes]
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_index=False)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+PARQUET = Packing(ending="parquet", pack=parquet_bytes)
 
 
 class LedgerError(AssertionError):
@@ -59,6 +79,7 @@ def publish_shard(
     duplicates: int,
     seconds: dict[str, float],
     started: float,
+    packing: Packing = PARQUET,
 ) -> dict[str, Any]:
     """Data, then dead letters, then the marker that makes them count; returns the marker.
 
@@ -68,7 +89,8 @@ def publish_shard(
     if rows.num_rows + dead.num_rows + duplicates != items:
         raise LedgerError(f"shard {shard}: {rows.num_rows} + {dead.num_rows} + {duplicates} is not {items}")
     begun = time.perf_counter()
-    data, lost = _publish_table(store, "data", shard, rows), _publish_table(store, "dead", shard, dead)
+    data = _publish_table(store, "data", shard, rows, packing)
+    lost = _publish_table(store, "dead", shard, dead, PARQUET)
     marker: dict[str, Any] = {
         "shard": shard,
         "items": items,
@@ -84,14 +106,14 @@ def publish_shard(
     return marker
 
 
-def _publish_table(store: Store, folder: str, shard: int, table: pa.Table) -> dict[str, Any] | None:
+def _publish_table(
+    store: Store, folder: str, shard: int, table: pa.Table, packing: Packing
+) -> dict[str, Any] | None:
     if table.num_rows == 0:
         return None
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_index=False)
-    data = sink.getvalue().to_pybytes()
+    data = packing.pack(table)
     sha256 = sha256_bytes(data)
-    name = f"{folder}/{shard:06}-{sha256[:12]}.parquet"
+    name = f"{folder}/{shard:06}-{sha256[:12]}.{packing.ending}"
     store.write(name, data)
     return {"name": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha256}
 
@@ -144,18 +166,20 @@ def check_ledger(ledger: dict[str, Any], plan: Plan) -> None:
         raise LedgerError(f"dead letters do not add up: {ledger}")
 
 
-def read_manifest(store: Store, job: str) -> dict[str, Any]:
-    """The manifest of a finished `job`. Raises `StorageError` with what to do where there is none."""
+def read_manifest(store: Store, *jobs: str) -> dict[str, Any]:
+    """The manifest of a finished job, one of `jobs`. Raises `StorageError` with what to do where there is none."""
     if not store.exists("manifest.json"):
         state = (
-            "was begun and is not finished: run it again and it goes on"
-            if store.exists("plan.json")
-            else "is none"
+            "it was begun and is not finished: run it again and it goes on"
+            if store.exists("plan.json") or store.exists(f"{SCORES}/plan.json")
+            else "there is no manifest.json in it; give a job's --out"
         )
-        raise StorageError(f"{store.root} is not a finished {job} job; it {state}")
+        raise StorageError(f"{store.root} is not the folder of a finished {' or '.join(jobs)} job: {state}")
     manifest = store.read_json("manifest.json")
-    if manifest.get("job") != job:
-        raise StorageError(f"{store.root} is the output of {manifest.get('job')!r}, not of {job!r}")
+    if manifest.get("job") not in jobs:
+        raise StorageError(
+            f"{store.root} is the output of {manifest.get('job')!r}, not of {' or '.join(map(repr, jobs))}"
+        )
     if manifest.get("format") != FORMAT_VERSION:
         raise StorageError(
             f"{store.root} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}"

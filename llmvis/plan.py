@@ -8,6 +8,7 @@ A job's output folder holds
     _commits/000000.json one marker a finished shard
     manifest.json        written last: the files that count, and the ledger
     report.json          where the time went
+    work/                what a job of several passes needs between them
 
 This module makes and compares plans; `ledger` has what comes after.
 """
@@ -211,7 +212,7 @@ def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], s
         store.delete(stale.name)
     old = existing(store)
     if old is None:
-        refuse_foreign(store, {"plan", "data", "dead", "_commits"})
+        refuse_foreign(store, {"plan", "data", "dead", "_commits", "work"})
     size = old.shard_items if old else shard_items  # a resumed job keeps its shards
     with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.root) as (
         new,

@@ -18,6 +18,14 @@ MAX_CAPTION = 2_000
 """Characters of a caption that are kept; what was cut is flagged in `caption_truncated`."""
 
 
+MAKERS = ("translate", "generate", "dataset", "seeds")
+"""Jobs whose rows are pictures (`made.MADE`)."""
+
+SCORES, ROWS = "work/scores", "work/rows"
+"""In a data set's folder: the job that scored its pictures; where it is an imagefolder, the one that wrote
+its rows in Parquet."""
+
+
 class UserError(ValueError):
     """A mistake that can be explained: a command prints its message, which says what to do, and no traceback."""
 
@@ -36,7 +44,14 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # over the cap on bytes or on pixels
     TRUNCATED = "truncated"  # the file ends before the picture does
     CORRUPT = "corrupt"  # the decoder failed, or the picture has no pixels
+    UNSUITABLE = "unsuitable"  # asked for what cannot be done with this picture, or its mask does not fit
     MODEL_ERROR = "model_error"  # the model gave NaN or infinity for this item
+    BLANK = "blank"  # a made picture of nearly one colour
+    LOW_SCORE = "low_score"  # a made picture that scores below the minimum asked for
+    DUPLICATE_PICTURE = "duplicate_picture"  # a made picture with the same pixels as an earlier one
+    NEAR_DUPLICATE = "near_duplicate"  # a made picture too like an earlier one
+    IN_INDEX = "in_index"  # a made picture too like one in the index it was held against
+    NOT_BEST = "not_best"  # a made picture with enough better ones of the same source or prompt
 
 
 DEAD_LETTER = pa.schema(
@@ -83,7 +98,7 @@ def encoded(dim: int, user_columns: list[pa.Field]) -> pa.Schema:
     )
 
 
-RESERVED = frozenset(LISTING.names) | frozenset(encoded(1, []).names) | {"rank", "score"}
+RESERVED = frozenset(LISTING.names) | frozenset(encoded(1, []).names) | {"rank", "score", "_source"}
 """Names that a user's column cannot have; it is carried as `source_<name>`."""
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmvis.schema import UserError
+from llmvis.schema import ROWS, UserError
 
 _ASIDE = ".aside-"
 
@@ -199,3 +199,10 @@ def verify(path: Path, sha256: str) -> None:
             f"{path} is damaged: sha256 {found[:12]}… "
             f"where the manifest says {sha256[:12]}…; delete it and run the job that made it again"
         )
+
+
+def rows_of_job(folder: Path | str) -> Store:
+    """Where a job's `--out` has its rows and their manifest: there, or below it for a data set as an imagefolder."""
+    store = Store(folder)
+    below = not store.exists("plan.json") and store.exists(f"{ROWS}/plan.json")
+    return Store(store.path(ROWS)) if below else store

@@ -15,6 +15,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from llmvis.config import SearchConfig, parse
+from llmvis.config_bulk import DatasetConfig, TranslateConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -96,7 +99,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(work: Path) -> None:
         (("jobs.encode", "--images", "nowhere", "--out", f"{work}/x"), "does not exist"),
         (("jobs.encode", "--images", f"{work}/images", "--out", f"{work}/x", "--model", "no/such"), "hf download"),
         (("jobs.encode", "--images", f"{work}/images", "--out", f"{work}/enc", "--model", str(other)), "another plan"),
-        (("jobs.index", "--embeddings", f"{work}/images", "--out", f"{work}/x"), "not a finished encode job"),
+        (("jobs.index", "--embeddings", f"{work}/images", "--out", f"{work}/x"), "folder of a finished encode job"),
         (("llmvis.cli", "search", "--index", f"{work}/enc", "x"), "is no index"),
         (("llmvis.cli", "search", "--index", f"{work}/idx", "x", "--model", str(other)), "was made with"),
         (("llmvis.cli", "search", "--index", f"{work}/idx"), "nothing to search for"),
@@ -145,3 +148,25 @@ def test_a_config_file_gives_values_that_flags_override(work: Path) -> None:
     assert "2 of 20 items" in llmvis("jobs.encode", "--config", str(file), "--shard-items", "20").stdout
     file.write_text("imagse: x\n")
     assert "unknown imagse" in llmvis("jobs.encode", f"--config={file}", expect=1).stderr
+
+
+def test_a_config_file_means_what_flags_mean(tmp_path: Path) -> None:
+    def read(config: type[Any], text: str, *flags: str) -> Any:
+        (tmp_path / "c.yaml").write_text(text)
+        return parse(config, "prog", ["--config", str(tmp_path / "c.yaml"), *flags])
+
+    text = "images: in\nout: made\ninstruction: grey\nseeds: 3\ncutout: true\nmodel: null\n"
+    one = read(TranslateConfig, text)
+    assert (one.instruction, one.seeds, one.cutout, one.model) == (("grey",), (3,), True, None)
+    two = read(TranslateConfig, text, "--instruction", "mirror", "--seeds", "1", "2", "--no-cutout")
+    assert (two.instruction, two.seeds, two.cutout) == (("mirror",), (1, 2), False)
+    several = read(
+        TranslateConfig, "images: in\nout: made\ninstruction: [grey, '-10 % contrast']\nseeds: [-1, 2]\n"
+    )
+    assert (several.instruction, several.seeds) == (("grey", "-10 % contrast"), (-1, 2))
+    kept = read(DatasetConfig, "made: [a, b]\nout: set\nbest: 2\nblank: false\n", "--best", "3")
+    assert (kept.made, kept.gates.best, kept.gates.blank) == (("a", "b"), 3, False)
+    sought = read(SearchConfig, "text: a cup\nindex: idx\nnot: [red, blue]\nk: 3\n", "-k", "4")
+    assert (sought.text, sought.not_, sought.k) == ("a cup", ("red", "blue"), 4)
+    with pytest.raises(SystemExit):
+        read(TranslateConfig, text + "actors: two\n")

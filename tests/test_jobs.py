@@ -118,6 +118,24 @@ def test_a_file_over_the_cap_is_not_read(tmp_path: Path, ray_cluster: None) -> N
     assert report["ledger"]["dead_by_reason"] == {"too_large": 1}
 
 
+def test_a_cluster_is_not_started_where_there_is_nothing_to_do(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.pictures(tmp_path / "images", 2)
+    tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))
+
+    def refuse(num_cpus: int | None) -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr("llmvis.cluster.jobs.session", refuse)
+    assert tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))["already_done"]
+    tiny.pictures(tmp_path / "images", 3)
+    with pytest.raises(PlanError):
+        tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))
+    with pytest.raises(AssertionError, match="a cluster was started"):  # it would have been seen
+        tiny.run(str(tmp_path / "images"), str(tmp_path / "new"))
+
+
 def test_a_lost_data_file_is_made_again(tmp_path: Path, ray_cluster: None) -> None:
     names = tiny.pictures(tmp_path / "images", 20)
     tiny.run(str(tmp_path / "images"), str(tmp_path / "out"))

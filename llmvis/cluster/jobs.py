@@ -28,8 +28,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
 from tqdm import tqdm
 
-from llmvis.cluster.session import resources
-from llmvis.ledger import committed, dead_row, publish_manifest, publish_shard
+from llmvis.cluster.session import resources, session
+from llmvis.ledger import PARQUET, Packing, committed, dead_row, publish_manifest, publish_shard
 from llmvis.plan import DUPLICATE, Plan, adopt, read_shard
 from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
 from llmvis.sources import Source
@@ -68,6 +68,7 @@ class Mapping:
     prepare: Prepare
     load: Callable[[], Apply]  # called once an actor
     schema: pa.Schema
+    packing: Packing = PARQUET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,14 @@ def run_job(
     *,
     announce: Callable[[Plan], None] = lambda plan: None,
     quiet: bool = False,
+    num_cpus: int | None = None,
 ) -> dict[str, Any]:
     """Runs a job to its end, or on from where an earlier run of it stopped.
 
-    Ray must be connected. `announce` is told the plan before the work begins; `quiet`
-    shows no progress. Returns the report (see `summary.job_report`), which is also
-    written to `<out>/report.json`. A finished job is left as it is. Raises `PlanError`
-    where `out` holds other work and `LockedError` where a driver is at it.
+    `announce` is told the plan before the work begins; `quiet` shows no progress. Only where there is
+    work is Ray joined, or started with `num_cpus`, unless it is connected. Returns the report (see
+    `summary.job_report`), which is also written to `<out>/report.json`. A finished job is left as it
+    is. Raises `PlanError` where `out` holds other work and `LockedError` where a driver is at it.
     """
     store = Store(out)
     with store.lock():
@@ -131,7 +133,8 @@ def run_job(
         announce(plan)
         todo = [shard for shard in range(plan.shards) if shard not in done]
         if todo:
-            _run_shards(mapping, store, source, plan, pool, todo, quiet)
+            with session(num_cpus):
+                _run_shards(mapping, store, source, plan, pool, todo, quiet)
         manifest = publish_manifest(store, plan, mapping.about)
         report = job_report(
             store, plan, manifest, todo=todo, list_s=listed, wall_s=time.perf_counter() - begun
@@ -182,7 +185,10 @@ def _wave(mapping: Mapping, out: str, shards: list[int], actors: int, gpus: floa
             max_task_retries=TRIES,
         )
         rows = rows.map(
-            commit, fn_kwargs={"out": out, "schema": mapping.schema}, num_cpus=COMMIT_CPUS, max_retries=TRIES
+            commit,
+            fn_kwargs={"out": out, "schema": mapping.schema, "packing": mapping.packing},
+            num_cpus=COMMIT_CPUS,
+            max_retries=TRIES,
         )
     try:
         for row in rows.iter_rows():
@@ -257,7 +263,7 @@ class _Actor:
         return {"head": json.dumps(head), "rows": to_bytes(rows)}
 
 
-def _commit(row: Row, out: str, schema: pa.Schema) -> Row:
+def _commit(row: Row, out: str, schema: pa.Schema, packing: Packing) -> Row:
     """Stage 3, a task: publishes the shard's files and its marker."""
     head = json.loads(row["head"])
     rows = from_bytes(row["rows"])
@@ -266,6 +272,7 @@ def _commit(row: Row, out: str, schema: pa.Schema) -> Row:
     publish_shard(
         Store(out), head["shard"], rows, dead,
         items=head["items"], duplicates=head["duplicates"], seconds=head["seconds"], started=head["started"],
+        packing=packing,
     )  # fmt: skip
     return {"shard": head["shard"]}
 

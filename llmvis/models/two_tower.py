@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from llmvis.models.efficientnet import CLASSES, FEATURES, MIDDLE_CHANNELS, EfficientNetLite0
 from llmvis.models.glossary import Glossary
@@ -213,6 +214,7 @@ def load_two_tower(folder: Path | str | None = None, device: str = "cpu") -> Two
 
     Raises `ValueError` if the folder is no two-tower encoder or its tensors do not fit.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading local files, a second's work
     path = default_folder() if folder is None else Path(folder)
     config = read_config(path)
     model = TwoTower(config)

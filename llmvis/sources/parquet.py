@@ -56,11 +56,19 @@ def parquet_files(root: Path) -> list[Path]:
 
 
 class ParquetSource:
-    """One Parquet file, or a folder of them with one schema."""
+    """One Parquet file, or a folder of them with one schema.
 
-    def __init__(self, root: Path, options: SourceOptions) -> None:
+    Args:
+        files: of a folder only these.
+        leave_out: columns that are not carried along.
+    """
+
+    def __init__(
+        self, root: Path, options: SourceOptions, files: Sequence[Path] | None = None,
+        leave_out: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         self.root = root if root.is_dir() else root.parent
-        self.files = parquet_files(root) if root.is_dir() else [root]
+        self.files = list(files) if files is not None else parquet_files(root) if root.is_dir() else [root]
         schemas = [_footer(path) for path in self.files]
         first = schemas[0]
         where = str(self.files[0])
@@ -72,6 +80,7 @@ class ParquetSource:
         others = [field for field in first if field.name != self._image]
         self._caption = pick_caption(others, options.caption_column, where)
         others = [field for field in others if field.name != self._caption]
+        others = [field for field in others if field.name not in leave_out]
         self._left_out = [f.name for f in others if not can_carry(f.type)]
         self._fields = [f for f in others if can_carry(f.type)]
         self.user_columns = carried(self._fields, where)

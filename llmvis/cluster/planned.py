@@ -1,0 +1,66 @@
+"""A job from its plan to its report, as every bulk command runs it: announce, run or only plan, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmvis.cluster.jobs import Mapping, Pool, run_job
+from llmvis.ledger import committed
+from llmvis.plan import Plan, check_same, existing, plan_aside
+from llmvis.sources import Source
+from llmvis.storage import Store
+from llmvis.summary import plan_lines, report_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a command was asked to run a job, beside what the job is."""
+
+    out: str
+    pool: Pool
+    dry_run: bool = False
+    num_cpus: int | None = None
+    json: str | None = None
+    what: dict[str, str]  # of the model and the request, for the plan that is shown
+    row_bytes: int  # an estimate for one output row
+
+
+def run_planned(
+    mapping: Mapping, source: Source, way: Way, finish: Callable[[dict[str, Any]], None] = lambda report: None
+) -> dict[str, Any]:
+    """Runs the job, or shows its plan and how far an earlier run came; returns the report.
+
+    `finish` is called with the report when all is written, before it is printed.
+    """
+
+    def announce(plan: Plan) -> None:
+        what = {**way.what, "out": way.out}
+        print("\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=way.row_bytes)), flush=True)
+
+    if way.dry_run:
+        with plan_aside(
+            job=mapping.job, source=source, settings=mapping.settings, shard_items=way.pool.shard_items
+        ) as (plan, listing):
+            announce(plan)
+            _compare(Store(way.out), plan, listing)
+        return {}
+    report = run_job(mapping, source, way.out, way.pool, announce=announce, num_cpus=way.num_cpus)
+    finish(report)
+    print("\n".join(report_lines(report, way.out)))
+    if way.json:
+        Path(way.json).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _compare(store: Store, plan: Plan, listing: Path) -> None:
+    """Says how far the job in `store` is; raises `PlanError` where it is another one."""
+    old = existing(store)
+    if old is None:
+        return
+    check_same(store, old, plan, listing)
+    done = len(committed(store))
+    print(f"  so far     {done:,} of {old.shards:,} shards are done; the job goes on from there")
