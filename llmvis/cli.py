@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ from llmvis.config import DemoConfig, SearchConfig, parse
 from llmvis.entry import entry
 from llmvis.index import FlatIndex, open_index, read_info
 from llmvis.models.load import load_encoder
+from llmvis.models.load_synthesis import MakeOptions, load_synthesis
 from llmvis.report import QueryResult, gallery, sheet
 from llmvis.schema import printable
 from llmvis.search import Hit, Query, pictures, query_vector, search
@@ -32,8 +34,10 @@ def run_search(config: SearchConfig) -> None:
         text_weight=config.text_weight,
         image_weight=config.image_weight,
         avoid_weight=config.not_weight,
+        imagine_weight=config.imagine_weight,
     )
-    (hits,) = search(index, query_vector(query, encoder), config.k)
+    imagined = imagine(config.text or "", config.imagine) if config.imagine else []
+    (hits,) = search(index, query_vector(query, encoder, imagined), config.k)
     if config.json:
         print(
             json.dumps(
@@ -50,6 +54,15 @@ def run_search(config: SearchConfig) -> None:
         if config.sheet:
             sheet([result], Path(config.sheet))
             print(f"contact sheet: {config.sheet}", file=sys.stderr)
+
+
+def imagine(text: str, count: int) -> list[Image.Image]:
+    """Pictures of a text by the packaged synthesis model."""
+    generator = load_synthesis(None, MakeOptions(), "generate")
+    made = generator.generate(
+        [text] * count, negatives=[None] * count, seeds=range(count), ids=[text] * count
+    )
+    return [Image.fromarray(picture) for picture in made]
 
 
 def query_result(index: FlatIndex, query: Query, hits: list[Hit]) -> QueryResult:

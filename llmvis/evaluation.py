@@ -41,7 +41,7 @@ SHUFFLES = 5
 class EvaluateConfig:
     """Measure a model on held-out data and print its figures beside their controls.
 
-    retrieval judges an encoder; reconstruct, translate, generate and caption a synthesis model.
+    retrieval judges an encoder; reconstruct, translate, generate and caption a synthesis model; enhance the restorer.
 
     Examples:
 
@@ -52,14 +52,16 @@ class EvaluateConfig:
       python -m jobs.evaluate --task retrieval --openclipart ~/.cache/llmvis/unpacked/openclipart
 
       python -m jobs.evaluate --task translate --html translate.html --json translate.json
+
+      python -m jobs.evaluate --task enhance --html enhance.html --json enhance.json
     """
 
-    task: Literal["retrieval", "reconstruct", "translate", "generate", "caption"]
+    task: Literal["retrieval", "reconstruct", "translate", "generate", "caption", "imagine", "enhance"]
     """What to measure."""
     encoder: str | None = None
     """Hugging Face name or local folder; default: the packaged two-tower model."""
     model: str | None = None
-    """Folder of a synthesis model; default: the packaged one."""
+    """Folder of a synthesis model, for enhance one with restorer/; default: the packaged one."""
     recipe: str = str(PACKAGED_RECIPE)
     """YAML whose pairs `translate` judges; default: the packaged ones."""
     json: Path | None = None

@@ -12,10 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # from the bottom; a module may import from its own layer and those before it
     {"config", "schema", "storage", "formats", "recipe"},
-    {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"},
+    {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"}
+    | {"made", "edits", "edit_steps", "edit_words", "enhance", "degrade", "scene"},
     {"models"},
     {"encode", "search", "augment", "align_data", "pictures", "synthesis_data", "training", "presets"}
-    | {"evaluation", "evaluation_synthesis", "evaluation_why", "explain", "report", "entry"},
+    | {"evaluation", "evaluation_synthesis", "evaluation_why", "explain", "report", "entry"}
+    | {"export", "gates", "card", "config_bulk", "translate", "generate", "dataset", "seeds", "present"}
+    | {"steps", "evaluation_imagine", "evaluation_enhance"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]
