@@ -217,15 +217,18 @@ class Translate:
         return self.region is not None or row["mask"] is not None
 
     def _row(self, row: Row, classic: bool, mask: Pictures) -> Row:
-        picture = _opened(row["made"])
-        if self._in_region(row):
-            picture = _into(row, picture, mask, classic or row["task"] is not None)
+        data: bytes = row["made"]
+        if self._in_region(row) or self.cut:
+            picture = _opened(data)
+            if self._in_region(row):
+                picture = _into(row, picture, mask, classic or row["task"] is not None)
+            if self.cut:
+                picture = cutout(picture.convert("RGB"))
+            data = png_bytes(np.asarray(picture))
         info = self.restorer.info if self.restorer and row["task"] else self.info
-        if self.cut:
-            picture = cutout(picture.convert("RGB"))
         return {
             **row,
-            **picture_columns(row["id"], png_bytes(np.asarray(picture))),
+            **picture_columns(row["id"], data),
             "prompt": row["instruction"],
             "source": row["path"],
             "model": "pillow" if classic else info.name,
