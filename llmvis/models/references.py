@@ -3,8 +3,9 @@
 A small model that has seen two thousand drawings cannot draw a thing that it never saw; but it
 can change a drawing of something near (retrieval-augmented synthesis, Blattmann 2022). Near is
 the cosine of the language model's sentence embeddings of prompt and name, and of prompt and
-name with keywords: words alone, no picture is looked at, so a retriever that judges the results
-has no part in the choice. Embeddings of the collection are made once and kept in the user's cache.
+name with keywords: no picture is looked at. The packaged retriever reads queries with the same
+language model, so where it judges the results it is no independent judge of the choice.
+Embeddings of the collection are made once and kept in the user's cache.
 Knows no code words.
 """
 
