@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmvis.cluster.jobs import Mapping, Pool
+from llmvis.cluster.jobs import Mapping
 from llmvis.cluster.planned import Way, run_planned
 from llmvis.cluster.session import session
 from llmvis.config import parse
@@ -36,15 +36,9 @@ def run(config: DatasetConfig) -> dict[str, Any]:
         load_scorer(config.gates.scorer)  # here too, where a mistake is a line and not a worker's traceback
     info = describe_encoder(config.model)
     nearest = _nearest(config, info)
-    pool = Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items)
     what = {"gates": _in_words(config), "scored by": info.name}
-    way = Way(
-        out=f"{config.out}/{SCORES}",
-        pool=pool,
-        dry_run=config.dry_run,
-        what=what,
-        row_bytes=2 * info.dim + 200,
-    )
+    asked = Way.of(config, what=what, row_bytes=2 * info.dim + 200)
+    way = replace(asked, out=f"{config.out}/{SCORES}", json=None)
     if config.dry_run:
         return run_planned(_scoring(config, source, info), source, way)
     with session(config.num_cpus):
@@ -68,9 +62,7 @@ def run(config: DatasetConfig) -> dict[str, Any]:
             present(config.out, card, rows)
 
         what = {"format": config.format, "out": config.out}
-        return run_planned(
-            mapping, kept, replace(way, out=rows, what=what, row_bytes=5000, json=config.json), finish
-        )
+        return run_planned(mapping, kept, replace(asked, out=rows, what=what, row_bytes=5000), finish)
 
 
 def _unfold(rows: Store, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llmvis.cluster.jobs import Mapping, Pool
+from llmvis.cluster.jobs import Mapping
 from llmvis.cluster.planned import Way, run_planned
 from llmvis.config import EncodeConfig, parse
 from llmvis.encode import LoadEncoder, ReadPictures
@@ -53,12 +53,8 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     )
     source = open_source(config.images, options)
     info = describe_encoder(config.model)
-    way = Way(
-        out=config.out,
-        pool=Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items),
-        dry_run=config.dry_run,
-        num_cpus=config.num_cpus,
-        json=config.json,
+    way = Way.of(
+        config,
         what={"model": f"{info.name}, {info.dim} dimensions ({info.licence})"},
         row_bytes=2 * info.dim + 100,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llmvis.cluster.jobs import Mapping, Pool
+from llmvis.cluster.jobs import Mapping
 from llmvis.cluster.planned import Way, run_planned
 from llmvis.config import parse
 from llmvis.config_bulk import TranslateConfig
@@ -83,12 +83,8 @@ def run(config: TranslateConfig) -> dict[str, Any]:
         schema=made_schema(user_fields(users_columns(source.user_columns, ADDED))),
     )
     asked = ", ".join(repr(text) for text in config.instruction) or f"column {config.instruction_column}"
-    way = Way(
-        out=config.out,
-        pool=Pool(actors=config.actors, gpus_per_actor=config.gpus_per_actor, shard_items=config.shard_items),
-        dry_run=config.dry_run,
-        num_cpus=config.num_cpus,
-        json=config.json,
+    way = Way.of(
+        config,
         what={"asked": asked, "model": ", ".join(f"{m.name} ({m.licence})" for m in models)},
         row_bytes=info.side**2 + 500,
     )

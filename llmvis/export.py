@@ -214,7 +214,7 @@ def _plain(value: Any) -> Any:
 
 
 PICTURES = Packing(ending="parquet", pack=pack_parquet)
-"""How jobs write made rows."""
+"""Parquet as a data set has it: few pictures in a row group."""
 
 PACKINGS = {
     "parquet": PICTURES,

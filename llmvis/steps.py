@@ -15,7 +15,7 @@ own. All other keys are the job's flags. Knows no jobs: who runs them brings the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -98,8 +98,3 @@ def _config(kind: type[Any], values: dict[str, Any], where: str) -> Any:
             for key, value in values.items()
         }
     )
-
-
-def in_order(steps: Sequence[Step]) -> str:
-    """One line a step, for people."""
-    return "\n".join(f"  {step.name:<10} {step.job:<10} {' '.join(step.after)}" for step in steps)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmvis.cluster.jobs import Mapping, Pool, run_job
 from llmvis.ledger import committed
@@ -14,6 +14,25 @@ from llmvis.plan import Plan, check_same, existing, plan_aside
 from llmvis.sources import Source
 from llmvis.storage import Store
 from llmvis.summary import plan_lines, report_lines
+
+
+class Flags(Protocol):
+    """What the config of every job on the engine has."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def dry_run(self) -> bool: ...
+    @property
+    def actors(self) -> int | None: ...
+    @property
+    def gpus_per_actor(self) -> float | None: ...
+    @property
+    def num_cpus(self) -> int | None: ...
+    @property
+    def shard_items(self) -> int: ...
+    @property
+    def json(self) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +46,15 @@ class Way:
     json: str | None = None
     what: dict[str, str]  # of the model and the request, for the plan that is shown
     row_bytes: int  # an estimate for one output row
+
+    @classmethod
+    def of(cls, flags: Flags, *, what: dict[str, str], row_bytes: int) -> Way:
+        """As a command's flags say."""
+        pool = Pool(actors=flags.actors, gpus_per_actor=flags.gpus_per_actor, shard_items=flags.shard_items)
+        return cls(
+            out=flags.out, pool=pool, dry_run=flags.dry_run, num_cpus=flags.num_cpus, json=flags.json,
+            what=what, row_bytes=row_bytes,
+        )  # fmt: skip
 
 
 def run_planned(

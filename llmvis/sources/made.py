@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmvis.ledger import read_manifest
-from llmvis.made import MADE
 from llmvis.schema import MAKERS, ItemError, Reason
 from llmvis.sources.base import LISTING_CHUNK, SourceError, listing_table
 from llmvis.storage import rows_of_job
@@ -123,8 +122,3 @@ class MadeReader:
             for field in self._schema
         ]
         return pa.Table.from_arrays(columns, schema=self._schema).take(order)
-
-
-def users_part(schema: pa.Schema) -> list[pa.Field]:
-    """The user's columns of a table of made pictures."""
-    return [field for field in schema if field.name not in MADE.names]
