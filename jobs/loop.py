@@ -20,7 +20,7 @@ from llmvis.seeds import copy_seeds
 from llmvis.sources import open_source
 from llmvis.sources.prompts import PromptSource
 from llmvis.steps import Step, read_steps
-from llmvis.storage import Store
+from llmvis.storage import open_store
 from llmvis.summary import size
 
 CONFIGS: dict[str, type[Any]] = {
@@ -35,7 +35,7 @@ CONFIGS: dict[str, type[Any]] = {
 
 def run_seeds(config: SeedsConfig) -> dict[str, Any]:
     """Copies what answers the queries, unless that was done."""
-    store = Store(config.out)
+    store = open_store(config.out)
     asked = {"index": config.index, "queries": list(config.queries), "k": config.k}
     if store.exists("manifest.json") and (done := read_manifest(store, "seeds"))["source"] == asked:
         manifest = done
@@ -66,7 +66,7 @@ class Expected:
 
 def expect(step: Step, before: dict[str, Expected]) -> Expected:
     """Of a step, from its flags and what the steps before it write; what is done is counted."""
-    store, config = Store(step.config.out), step.config
+    store, config = open_store(step.config.out), step.config
     if step.job != "index" and store.exists("manifest.json"):
         manifest = read_manifest(store, *MAKERS, "encode")
         return Expected(rows=manifest["rows"], bytes=sum(f["bytes"] for f in manifest["files"]), done=True)

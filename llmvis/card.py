@@ -119,7 +119,8 @@ def write_card(store: Store, card: Card, shown: pa.Table) -> None:
         (_Shown(rank=rank, id=row["id"], path=row["image"]["path"], caption=label), row["image"]["bytes"])
         for rank, (row, label) in enumerate(zip(rows, sheet_labels(rows), strict=True), 1)
     ]
-    sheet([QueryResult(text=card.title, hits=hits)], store.path(SHEET))
+    with store.written(SHEET) as path:
+        sheet([QueryResult(text=card.title, hits=hits)], path)
     store.write("README.md", card_text(card).encode())
 
 

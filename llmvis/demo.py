@@ -23,7 +23,7 @@ from llmvis.recipe import Pairs, read_recipe
 from llmvis.report import PictureGrid, QueryResult, gallery
 from llmvis.search import Query, pictures, query_vector, search
 from llmvis.sources import EMBEDDED
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 
 SHOWN, SIDE = 12, 64  # pictures of each kind, their side in pixels
 QUERIES = (
@@ -69,7 +69,7 @@ def run_demo(config: DemoConfig) -> None:
         print(f"  {text}: {', '.join(hit.caption or hit.path for hit in hits[:3])}, …")
     note = f"{opened.rows:,} pictures, {encoder.info.name}, {encoder.info.dim} dimensions"
     gallery(results, page, "llmvis: pictures that answer text", note=note, pictures=grids, job=report)
-    print(f"\nLook at {Store(out).path(page.name)}")
+    print(f"\nLook at {LocalStore(out).path(page.name)}")
     print(f'Search on: llmvis search --index {indexed} "a bird that can swim" -k 5')
 
 
@@ -79,7 +79,7 @@ def _translated(part: Pairs, out: Path) -> PictureGrid:
     chosen = np.linspace(0, len(after.rows) - 1, SHOWN).astype(int)
     source, real = (on_white(side.pixels[chosen]) for side in (before, after))
     captions = [after.rows[i].caption for i in chosen]
-    store = Store(out / part.name / "drawings")
+    store = LocalStore(out / part.name / "drawings")
     for number, (picture, caption) in enumerate(zip(source, captions, strict=True)):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
@@ -97,7 +97,7 @@ def _translated(part: Pairs, out: Path) -> PictureGrid:
 def _generated(out: Path) -> PictureGrid:
     """Pictures of `PROMPTS`, two of each."""
     made = out / "generated"
-    Store(out).write("prompts.txt", "\n".join(PROMPTS).encode())
+    LocalStore(out).write("prompts.txt", "\n".join(PROMPTS).encode())
     generate.run(GenerateConfig(prompts=str(out / "prompts.txt"), variants=2, out=str(made), shard_items=6))
     rows = _rows(made)
     seeds = [[row for row in rows if row["seed"] == seed] for seed in (0, 1)]
@@ -107,7 +107,7 @@ def _generated(out: Path) -> PictureGrid:
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     """All rows of a finished job, in the order of its plan."""
-    store = Store(folder)
+    store = LocalStore(folder)
     files = read_manifest(store, "translate", "generate")["files"]
     return [row for file in files for row in read_data(store, file).to_pylist()]
 

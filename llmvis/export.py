@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from llmvis.ledger import Packing
 from llmvis.made import features_metadata, image_path
 from llmvis.schema import item_id
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 
 ROW_GROUP = 100
 """Rows that a reader has to take at a time; few, since each holds a picture."""
@@ -117,7 +117,7 @@ def write_imagefolder(tables: Iterable[pa.Table], folder: Path, *, rows: int) ->
         ValueError: where the tables have another number of rows, or two have one id; nothing is
             published then.
     """
-    store = Store(folder)
+    store = LocalStore(folder)
     for stale in folder.glob(".aside-*"):
         stale.unlink()
     known: set[tuple[str, ...]] = set()
@@ -165,7 +165,7 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _write_picture(store: Store, name: str, data: bytes) -> None:
+def _write_picture(store: LocalStore, name: str, data: bytes) -> None:
     """Not aside and renamed: until `metadata.jsonl` is there nothing counts, and a half is written anew."""
     path = store.path(name)
     if not path.exists() or path.read_bytes() != data:

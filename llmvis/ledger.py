@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from llmvis.plan import Plan
 from llmvis.schema import FORMAT_VERSION, SCORES, ItemError, Reason
-from llmvis.storage import StorageError, Store, sha256_bytes, verify
+from llmvis.storage import StorageError, Store, sha256_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,17 @@ def marker_name(shard: int) -> str:
 
 
 def committed(store: Store) -> set[int]:
-    """Shards with a marker whose files are all there."""
-    markers = [store.read_json(name) for name in store.names("_commits")]
-    return {m["shard"] for m in markers if all(_is_there(store, m[part]) for part in ("data", "dead"))}
-
-
-def _is_there(store: Store, file: dict[str, Any] | None) -> bool:
-    return file is None or (
-        store.exists(file["name"]) and store.path(file["name"]).stat().st_size == file["bytes"]
-    )
+    """Shards with a marker whose files are all there, in their full length."""
+    sizes = store.sizes("data") | store.sizes("dead")
+    markers = store.read_all_json(store.names("_commits"))
+    return {
+        marker["shard"]
+        for marker in markers
+        if all(
+            file is None or sizes.get(file["name"]) == file["bytes"]
+            for file in (marker["data"], marker["dead"])
+        )
+    }
 
 
 def dead_row(row_id: str, source: str, stage: str, error: ItemError) -> dict[str, str]:
@@ -124,7 +126,7 @@ def publish_manifest(store: Store, plan: Plan, about: dict[str, Any]) -> dict[st
     `about` is the job's own part (model, schema, …). Raises `LedgerError` if an item is
     unaccounted for, and then publishes nothing.
     """
-    markers = [store.read_json(marker_name(shard)) for shard in range(plan.shards)]
+    markers = store.read_all_json([marker_name(shard) for shard in range(plan.shards)])
     data = [m["data"] for m in markers if m["data"]]
     dead = [m["dead"] for m in markers if m["dead"]]
     reasons: Counter[str] = Counter()
@@ -149,11 +151,21 @@ def publish_manifest(store: Store, plan: Plan, about: dict[str, Any]) -> dict[st
         "dead": dead,
         "ledger": ledger,
     }
+    replaced = _files_of_last(store)
     store.write_json("manifest.json", manifest)
-    store.sweep("data", {f["name"] for f in data})
-    store.sweep("dead", {f["name"] for f in dead})
+    store.sweep("data", {f["name"] for f in data} | replaced)
+    store.sweep("dead", {f["name"] for f in dead} | replaced)
     store.sweep("_commits", {marker_name(shard) for shard in range(plan.shards)})
     return manifest
+
+
+def _files_of_last(store: Store) -> set[str]:
+    """What the manifest names that is about to be replaced, after a retry: who reads by it still finds its files."""
+    try:
+        last = store.read_json("manifest.json") if store.exists("manifest.json") else {}
+    except StorageError:  # damaged; a new one is what it needs
+        last = {}
+    return {file["name"] for part in ("files", "dead") for file in last.get(part, [])}
 
 
 def check_ledger(ledger: dict[str, Any], plan: Plan) -> None:
@@ -174,20 +186,19 @@ def read_manifest(store: Store, *jobs: str) -> dict[str, Any]:
             if store.exists("plan.json") or store.exists(f"{SCORES}/plan.json")
             else "there is no manifest.json in it; give a job's --out"
         )
-        raise StorageError(f"{store.root} is not the folder of a finished {' or '.join(jobs)} job: {state}")
+        raise StorageError(f"{store.uri} is not the folder of a finished {' or '.join(jobs)} job: {state}")
     manifest = store.read_json("manifest.json")
     if manifest.get("job") not in jobs:
         raise StorageError(
-            f"{store.root} is the output of {manifest.get('job')!r}, not of {' or '.join(map(repr, jobs))}"
+            f"{store.uri} is the output of {manifest.get('job')!r}, not of {' or '.join(map(repr, jobs))}"
         )
     if manifest.get("format") != FORMAT_VERSION:
         raise StorageError(
-            f"{store.root} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}"
+            f"{store.uri} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}"
         )
     return manifest
 
 
 def read_data(store: Store, file: dict[str, Any]) -> pa.Table:
     """One data file of a manifest, whole, after its hash is checked."""
-    verify(store.path(file["name"]), file["sha256"])
-    return pq.read_table(store.path(file["name"]), use_threads=False)
+    return pq.read_table(pa.BufferReader(store.read_checked(file["name"], file["sha256"])), use_threads=False)

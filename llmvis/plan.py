@@ -15,8 +15,10 @@ This module makes and compares plans; `ledger` has what comes after.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +35,10 @@ from tqdm import tqdm
 
 from llmvis.schema import FORMAT_VERSION, LISTING, UserError
 from llmvis.sources import Source, SourceError
-from llmvis.storage import Store, sha256_bytes, sha256_file
+from llmvis.storage import LocalStore, StorageError, Store, sha256_bytes, sha256_file
 
 SHARDS_A_FILE = 128
+LISTING_FOLDER = "plan"
 DUPLICATE = "duplicate"
 """In a listing's `reason`: not bad, but an id that an earlier row has; counted, not written."""
 
@@ -121,7 +124,7 @@ def _write_listing(
     bad: list[npt.NDArray[np.bool_]] = []
     size = 0
     writer: pq.ParquetWriter | None = None
-    for shard, rows in enumerate(_regroup(chunks, shard_items)):
+    for shard, rows in enumerate(regroup(chunks, shard_items)):
         if shard % SHARDS_A_FILE == 0:
             if writer:
                 writer.close()
@@ -142,7 +145,7 @@ def _write_listing(
     return names, np.concatenate(ids), np.concatenate(bad), size
 
 
-def _regroup(chunks: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+def regroup(chunks: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of exactly `rows`, the last one shorter."""
     held: list[pa.Table] = []
     count = 0
@@ -185,21 +188,34 @@ def _flag_duplicates(
         aside.replace(folder / name)
 
 
-def read_shard(folder: Path, shard: int) -> pa.Table:
-    """The listing's rows of one shard."""
-    file, group = divmod(shard, SHARDS_A_FILE)
-    with pq.ParquetFile(folder / f"{file:05}.parquet") as listing:
-        return listing.read_row_group(group, use_threads=False)
+def read_shard(store: Store, shard: int) -> pa.Table:
+    """The rows of one shard in the listing `plan/` of a store."""
+    number, group = divmod(shard, SHARDS_A_FILE)
+
+    def read() -> pa.Table:
+        with store.open(f"{LISTING_FOLDER}/{number:05}.parquet") as file, pq.ParquetFile(file) as listing:
+            return listing.read_row_group(group, use_threads=False)
+
+    return store.attempt(read)
 
 
 @contextmanager
 def plan_aside(
     *, job: str, source: Source, settings: dict[str, Any], shard_items: int, near: Path | None = None
-) -> Iterator[tuple[Plan, Path]]:
-    """A plan whose listing lies in a temporary folder, gone after the block unless moved away."""
+) -> Iterator[tuple[Plan, LocalStore]]:
+    """A plan whose listing lies in a temporary store, gone after the block unless moved away."""
     with tempfile.TemporaryDirectory(prefix=".aside-plan-", dir=near, ignore_cleanup_errors=True) as folder:
-        listing = Path(folder) / "plan"
-        yield make_plan(listing, job=job, source=source, settings=settings, shard_items=shard_items), listing
+        aside = LocalStore(folder)
+        listing = aside.path(LISTING_FOLDER)
+        try:
+            plan = make_plan(listing, job=job, source=source, settings=settings, shard_items=shard_items)
+        except OSError as error:  # Arrow writes the listing past the store, which would have said this
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageError(
+                f"{Path(folder).parent}: {os.strerror(error.errno)}; make room and run the job again"
+            ) from error
+        yield plan, aside
 
 
 def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], shard_items: int) -> Plan:
@@ -208,22 +224,22 @@ def adopt(store: Store, *, job: str, source: Source, settings: dict[str, Any], s
     Call it under `store.lock()`. Raises `PlanError` where the folder holds other work,
     naming the input or the setting that differs.
     """
-    for stale in store.root.glob(".aside-*"):  # of a driver that was killed
-        store.delete(stale.name)
+    store.clear_unfinished()
     old = existing(store)
     if old is None:
-        refuse_foreign(store, {"plan", "data", "dead", "_commits", "work"})
+        refuse_foreign(store, {LISTING_FOLDER, "data", "dead", "_commits", "work"})
     size = old.shard_items if old else shard_items  # a resumed job keeps its shards
-    with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.root) as (
+    with plan_aside(job=job, source=source, settings=settings, shard_items=size, near=store.scratch) as (
         new,
-        folder,
+        aside,
     ):
         if old is None:
-            store.delete("plan")
-            folder.rename(store.path("plan"))
+            store.delete(LISTING_FOLDER)
+            for name in aside.names(LISTING_FOLDER):
+                store.put(name, aside.path(name))
             store.write_json("plan.json", new.to_json())
             return new
-        check_same(store, old, new, folder)
+        check_same(store, old, new, aside)
     return old
 
 
@@ -232,22 +248,22 @@ def existing(store: Store) -> Plan | None:
     return Plan.from_json(store.read_json("plan.json")) if store.exists("plan.json") else None
 
 
-def check_same(store: Store, old: Plan, new: Plan, folder: Path) -> None:
-    """Raises `PlanError` unless both plans are for the same work; `folder` has the new one's listing."""
+def check_same(store: Store, old: Plan, new: Plan, aside: Store) -> None:
+    """Raises `PlanError` unless both plans are for the same work; `aside` has the new one's listing."""
     if old.fingerprint != new.fingerprint:
-        raise PlanError(_difference(store, old, new, folder))
+        raise PlanError(_difference(store, old, new, aside))
 
 
 def refuse_foreign(store: Store, ours: set[str]) -> None:
     """Raises `PlanError` if the folder has anything but `ours`: it is somebody's, not a job's."""
-    foreign = [p.name for p in store.root.iterdir() if p.name not in ours | {".lock"}]
+    foreign = [name for name in store.top() if name not in ours | {".lock"}]
     if foreign:
         raise PlanError(
-            f"{store.root} is not empty ({foreign[0]}, …) and not ours; choose a new folder for --out"
+            f"{store.uri} is not empty ({foreign[0]}, …) and not ours; choose a new folder for --out"
         )
 
 
-def _difference(store: Store, old: Plan, new: Plan, folder: Path) -> str:
+def _difference(store: Store, old: Plan, new: Plan, aside: Store) -> str:
     """What differs between two plans, for people."""
     found = [f"job is {new.job}, was {old.job}"] if old.job != new.job else []
     for part in ("settings", "source"):
@@ -259,17 +275,18 @@ def _difference(store: Store, old: Plan, new: Plan, folder: Path) -> str:
             if before.get(key) != now.get(key)
         ]
     if not found and old.parts["inputs"] != new.parts["inputs"]:
-        found.append(_input_difference(store.path("plan"), old, folder, new))
+        found.append(_input_difference(store, old, aside, new))
+        found[-1] += " (if it was mended after it became a dead letter: llmvis retry)"
     return (
-        f"{store.root} holds a job with another plan: {'; '.join(found) or 'another format'}. "
+        f"{store.uri} holds a job with another plan: {'; '.join(found) or 'another format'}. "
         "Choose a new --out, or delete this one if it is not needed."
     )
 
 
-def _input_difference(old_folder: Path, old: Plan, new_folder: Path, new: Plan) -> str:
+def _input_difference(before_store: Store, old: Plan, now_store: Store, new: Plan) -> str:
     counts = f"{new.items} items, were {old.items}" if new.items != old.items else "the input has changed"
     for shard in range(min(old.shards, new.shards)):
-        before, now = read_shard(old_folder, shard), read_shard(new_folder, shard)
+        before, now = read_shard(before_store, shard), read_shard(now_store, shard)
         if before.equals(now):
             continue
         for a, b in zip(before.to_pylist(), now.to_pylist(), strict=False):

@@ -20,7 +20,7 @@ from llmvis.ledger import read_data, read_manifest
 from llmvis.made import MADE
 from llmvis.scene import write_gltf
 from llmvis.schema import MAKERS
-from llmvis.storage import Store, verify
+from llmvis.storage import Store, open_store
 
 MOST_CARDS = 512
 """Pictures in a scene: each is a texture of its own."""
@@ -44,8 +44,8 @@ def present(out: str, about: About, rows: str | None = None) -> None:
 
     rows: the folder of the job that wrote the rows in Parquet (default: `out`).
     """
-    store = Store(out)
-    made = Store(rows or out)
+    store = open_store(out)
+    made = open_store(rows or out)
     manifest = read_manifest(made, *MAKERS)
     seen, seeds, shown, schema = set[str](), set[int](), list[pa.Table](), pa.schema([])
     for table in (_read(made, file) for file in manifest["files"]):
@@ -69,14 +69,14 @@ def present(out: str, about: About, rows: str | None = None) -> None:
         )  # fmt: skip
         write_card(store, card, pa.concat_tables(shown))
     if about.assets:
-        write_gltf(list(_cards(shown)), store.path("scene.glb"))
+        with store.written("scene.glb") as path:
+            write_gltf(list(_cards(shown)), path)
 
 
 def _read(store: Store, file: dict[str, Any]) -> pa.Table:
     """One file of made rows; of a tar the columns that are ours."""
     if file["name"].endswith(".tar"):
-        verify(store.path(file["name"]), file["sha256"])
-        return unpack_webdataset(store.read(file["name"]), MADE)
+        return unpack_webdataset(store.read_checked(file["name"], file["sha256"]), MADE)
     return read_data(store, file)
 
 

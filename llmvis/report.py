@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from llmvis.images import ImageError, contact_sheet, decode, thumbnail
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 from llmvis.summary import STAGES
 
 THUMBNAIL_SIDE = 192
@@ -114,14 +114,25 @@ def grids(
 ) -> None:
     """Write a page of figures and grids of pictures, such as an evaluation's."""
     views = [_grid_view(grid) for grid in pictures]
-    _write(path, "grids.html", title=one_line(title), note=one_line(note), grids=views, tables=tables)
+    figures = [
+        FigureTable(
+            title=one_line(table.title),
+            head=[one_line(name) for name in table.head],
+            rows=[[one_line(cell) for cell in row] for row in table.rows],
+        )
+        for table in tables
+    ]
+    _write(path, "grids.html", title=one_line(title), note=one_line(note), grids=views, tables=figures)
 
 
 def _grid_view(grid: PictureGrid) -> dict[str, Any]:
     blocks = []
     for at in range(0, len(grid.captions), GRID_COLUMNS):
         some = slice(at, at + GRID_COLUMNS)
-        rows = [(name, [_data_uri(Image.fromarray(x)) for x in images[some]]) for name, images in grid.rows]
+        rows = [
+            (one_line(name), [_data_uri(Image.fromarray(x)) for x in images[some]])
+            for name, images in grid.rows
+        ]
         blocks.append({"rows": rows, "captions": [one_line(text) for text in grid.captions[some]]})
     return {"title": one_line(grid.title), "blocks": blocks}
 
@@ -134,7 +145,7 @@ def _write(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    Store(path.parent).write(path.name, environment.get_template(template).render(**values).encode())
+    LocalStore(path.parent).write(path.name, environment.get_template(template).render(**values).encode())
 
 
 def sheet(queries: Sequence[QueryResult], path: Path, *, columns: int = 6, cell: int = 160) -> None:
@@ -161,7 +172,7 @@ def sheet(queries: Sequence[QueryResult], path: Path, *, columns: int = 6, cell:
         top += part.height
     out = BytesIO()
     whole.save(out, "PNG")
-    Store(path.parent).write(path.name, out.getvalue())
+    LocalStore(path.parent).write(path.name, out.getvalue())
 
 
 def one_line(text: str) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from llmvis import __version__
 from llmvis.schema import UserError
-from llmvis.storage import Store, local_path
+from llmvis.storage import LocalStore, local_path
 
 _MIXTURE_SLACK = 24  # levels that a mixture may miss: neighbours differ in shade, compression adds noise
 _NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
@@ -196,7 +196,7 @@ def write_gltf(
     else:
         scene["buffers"] = [{"byteLength": len(blob)}]
         data = _glb(json.dumps(scene, separators=(",", ":")).encode(), blob)
-    Store(path.parent).write(path.name, data)
+    LocalStore(path.parent).write(path.name, data)
 
 
 def _text(foreign: str) -> str:

@@ -20,7 +20,7 @@ from llmvis.models.load import load_encoder
 from llmvis.plan import refuse_foreign
 from llmvis.schema import FORMAT_VERSION, ItemError
 from llmvis.search import Hit, Query, pictures, query_vector, search
-from llmvis.storage import Store, sha256_bytes
+from llmvis.storage import open_store, sha256_bytes
 
 
 def copy_seeds(index_path: str, queries: Sequence[str], k: int, out: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def copy_seeds(index_path: str, queries: Sequence[str], k: int, out: str) -> dic
             row |= {"width": size.width, "height": size.height, "source_id": hit.id}
             rows.append(row | {"model": model["name"], "model_fingerprint": model["fingerprint"]})
     data = parquet_bytes(pa.Table.from_pylist(rows, made_schema([])))
-    store = Store(out)
+    store = open_store(out)
     with store.lock():
         refuse_foreign(store, {"data", "manifest.json", "plan.json"})
         name = f"data/000000-{sha256_bytes(data)[:12]}.parquet"

@@ -20,7 +20,7 @@ def job_report(
     the time from the beginning of its first shard to its last commit, without starting Ray
     and loading the model; `wall_s` has all of it.
     """
-    markers = [store.read_json(marker_name(shard)) for shard in todo]
+    markers = store.read_all_json([marker_name(shard) for shard in todo])
     seconds = {stage: sum(m["seconds"].get(stage, 0.0) for m in markers) for stage in STAGES}
     seconds["list"] = list_s
     items = sum(m["items"] for m in markers)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import s3_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +22,17 @@ def ray_cluster() -> Iterator[None]:
 
     with session(num_cpus=2):
         yield
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.Server]:
+    with s3_server.serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_server: s3_server.Server, monkeypatch: pytest.MonkeyPatch) -> s3_server.Server:
+    """A real S3 server on loopback, which this process and those that it starts are told of."""
+    for name, value in _server.env.items():
+        monkeypatch.setenv(name, value)
+    return _server

@@ -16,7 +16,7 @@ from llmvis.card import Card, Layout, Origin, card_text, sheet_labels, size_cate
 from llmvis.export import pack_parquet, pack_webdataset, write_imagefolder
 from llmvis.gates import GateConfig, gate_lines
 from llmvis.made import made_schema
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 from tests.test_export import USER, load, made
 
 COUNTS = {"blank": 2, "near_duplicate": 3}
@@ -108,7 +108,7 @@ def test_foreign_text_cannot_break_out_and_attribution_is_never_cut() -> None:
 def test_datasets_finds_the_rows_by_the_card_and_its_code_runs(
     tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, table = Store(tmp_path / "set"), made(3).drop_columns("words")
+    store, table = LocalStore(tmp_path / "set"), made(3).drop_columns("words")
     if layout == "parquet":
         store.write("data/0.parquet", pack_parquet(table))
     elif layout == "webdataset":
@@ -134,14 +134,14 @@ def test_datasets_finds_the_rows_by_the_card_and_its_code_runs(
 def test_the_contact_sheet_shows_some_pictures_and_both_files_are_the_same_each_time(tmp_path: Path) -> None:
     written = []
     for folder in ("a", "b"):
-        store = Store(tmp_path / folder)
+        store = LocalStore(tmp_path / folder)
         write_card(store, CARD, made(30))
         assert "![Some of the pictures](contact-sheet.png)" in store.read("README.md").decode()
         written.append((store.read("README.md"), store.read("contact-sheet.png")))
     assert written[0] == written[1]
     with Image.open(tmp_path / "a" / "contact-sheet.png") as whole:
         size = whole.size
-    write_card(Store(tmp_path / "few"), CARD, made(6))
+    write_card(LocalStore(tmp_path / "few"), CARD, made(6))
     with Image.open(tmp_path / "few" / "contact-sheet.png") as few:
         assert few.width == size[0]
         assert 3 * few.height < size[1] <= 4 * few.height  # 24 pictures at most, in rows of six

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llmvis.storage import LockedError, StorageError, Store, local_path, sha256_bytes, verify
+from llmvis.storage import LocalStore, LockedError, StorageError, local_path, sha256_bytes
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_aside(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     store.write("a/x.json", b"old")
     with pytest.raises(RuntimeError), store.create("a/x.json") as file:
         file.write(b"half of the new")
@@ -22,7 +22,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_aside(tmp_path: Path
 
 
 def test_a_file_under_construction_is_not_listed(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     with store.create("data/x") as file:
         file.write(b"1")
         assert store.names("data") == []
@@ -32,28 +32,28 @@ def test_a_file_under_construction_is_not_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", ""])
 def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="plain name"):
-        Store(tmp_path).path(name)
+        LocalStore(tmp_path).path(name)
 
 
 def test_two_drivers_cannot_hold_one_folder_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from llmvis.storage import Store\n"
-        f"with Store({str(tmp_path)!r}).lock(): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from llmvis.storage import LocalStore\n"
+        f"with LocalStore({str(tmp_path)!r}).lock(): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     with other:
         assert other.stdout.readline().strip() == "held"
-        with pytest.raises(LockedError, match=str(other.pid)), Store(tmp_path).lock():
+        with pytest.raises(LockedError, match=str(other.pid)), LocalStore(tmp_path).lock():
             pass
         other.kill()
         other.wait()
-        with Store(tmp_path).lock():
+        with LocalStore(tmp_path).lock():
             pass
 
 
 def test_sweep_removes_what_is_not_named(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     for name in ("data/a", "data/b", "data/.aside-1"):
         store.write(name, b"")
     assert store.sweep("data", {"data/a"}) == 2
@@ -63,20 +63,25 @@ def test_sweep_removes_what_is_not_named(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
-    verify(path, sha256_bytes(b"abc"))
+    store = LocalStore(tmp_path)
+    assert store.fetch("x", sha256_bytes(b"abc")) == path
     path.write_bytes(b"abb")
     with pytest.raises(StorageError, match="damaged"):
-        verify(path, sha256_bytes(b"abc"))
+        store.fetch("x", sha256_bytes(b"abc"))
+    with pytest.raises(StorageError, match="damaged"):
+        store.read_checked("x", sha256_bytes(b"abc"))
+    with pytest.raises(StorageError, match="missing"):
+        store.read_checked("y", sha256_bytes(b"abc"))
 
 
 def test_a_scheme_that_is_not_served_says_so() -> None:
-    with pytest.raises(StorageError, match="s3:// is not supported yet"):
+    with pytest.raises(StorageError, match="must be a local folder"):
         local_path("s3://bucket/key")
     assert local_path("file:///tmp/x") == Path("/tmp/x")
 
 
 def test_foreign_json_is_refused_with_words(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = LocalStore(tmp_path)
     store.write("plan.json", b"{")
     with pytest.raises(StorageError, match="not valid JSON"):
         store.read_json("plan.json")
