@@ -38,7 +38,7 @@ class EncodeConfig:
     """
 
     images: str
-    """A folder (captions in .txt beside a picture, or an imagefolder's metadata.jsonl/csv), Parquet files, or `emoji`, the packaged collection."""
+    """A folder (captions in .txt beside a picture, or an imagefolder's metadata.jsonl/csv), Parquet files, webdataset tars, what img2dataset made, or `emoji`, the packaged collection."""
     out: str
     """Folder for the result: data/, dead/, manifest.json, report.json."""
     model: str | None = None
@@ -48,7 +48,7 @@ class EncodeConfig:
     image_column: str | None = None
     """Parquet: column with bytes, image structs or paths."""
     caption_column: str | None = None
-    """Parquet or imagefolder: column with the caption."""
+    """Parquet, imagefolder or the .json of tars: column with the caption."""
     id_column: str | None = None
     """Parquet: column of unique keys to make ids from (default: file name and row number)."""
     image_root: str | None = None
@@ -65,12 +65,15 @@ class EncodeConfig:
     """CPUs to use when a local cluster is started (default: all)."""
     shard_items: int = 256
     """Pictures in a shard, the unit of retry and resume."""
+    timeout: float = 1800.0
+    """Seconds for a shard in one stage; a worker that takes longer is taken to hang, and its items are done one by one."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_pixels", "max_bytes", "actors", "num_cpus", "shard_items")
         at_least(self, 0, "gpus_per_actor")
+        at_least(self, 1, "timeout")
         check_file(self.json)
 
 
@@ -83,14 +86,20 @@ class IndexConfig:
       python -m jobs.index --embeddings enc/ --out idx/
 
       python -m jobs.index --embeddings more/ --out idx/ --add
+
+      python -m jobs.index --embeddings clip-retrieval/ --model openai/clip-vit-base-patch32 --out idx/
     """
 
     embeddings: str
-    """The --out folder of a finished `jobs.encode`."""
+    """The --out folder of a finished `jobs.encode`, or a folder of clip-retrieval (img_emb/, metadata/)."""
     out: str
     """Folder for the index; a new build there takes over in one step, readers keep what they have open."""
     add: bool = False
     """Add to the index that is there, instead of taking its place; a picture whose id it has is left out."""
+    model: str | None = None
+    """For a folder of clip-retrieval: the model that its vectors are of, as `jobs.encode` takes it."""
+    image_root: str | None = None
+    """For a folder of clip-retrieval: what its image_path starts from, to show pictures (default: the folder itself)."""
     dry_run: bool = False
     """Print the plan and stop."""
     json: str | None = None
@@ -149,6 +158,21 @@ class SearchConfig:
             raise UserError("--imagine makes pictures of a text: give one")
         for file in (self.html, self.sheet):
             check_file(file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportClipConfig:
+    """Write the vectors of a finished `jobs.encode` as clip-retrieval does, for its back end, autofaiss or embedding-reader.
+
+    For example:
+
+      llmvis export-clip --embeddings enc/ --out clip/
+    """
+
+    embeddings: str
+    """The --out folder of a finished `jobs.encode`."""
+    out: str
+    """A new folder for img_emb/ and metadata/; it appears whole or not at all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,15 @@ class TranslateConfig:
     """CPUs to use when a local cluster is started (default: all)."""
     shard_items: int = 128
     """Results in a shard, the unit of retry and resume."""
+    timeout: float = 1800.0
+    """Seconds for a shard in one stage; a worker that takes longer is taken to hang, and its items are done one by one."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_pixels", "max_bytes", "actors", "num_cpus", "shard_items")
         at_least(self, 0, "gpus_per_actor")
+        at_least(self, 1, "timeout")
         check_file(self.json)
         if bool(self.instruction) == (self.instruction_column is not None):
             raise UserError("give --instruction (several times if you like), or --instruction-column")
@@ -157,12 +160,15 @@ class GenerateConfig:
     """CPUs to use when a local cluster is started (default: all)."""
     shard_items: int = 32
     """Pictures in a shard, the unit of retry and resume."""
+    timeout: float = 1800.0
+    """Seconds for a shard in one stage; a worker that takes longer is taken to hang, and its items are done one by one."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "variants", "actors", "num_cpus", "shard_items")
         at_least(self, 0, "gpus_per_actor")
+        at_least(self, 1, "timeout")
         check_file(self.json)
 
     @property
@@ -218,12 +224,15 @@ class DatasetConfig:
     """CPUs to use when a local cluster is started (default: all)."""
     shard_items: int = 256
     """Pictures in a shard: a file of the data set, and the unit of retry and resume."""
+    timeout: float = 1800.0
+    """Seconds for a shard in one stage; a worker that takes longer is taken to hang, and its items are done one by one."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "actors", "num_cpus", "shard_items")
         at_least(self, 0, "gpus_per_actor")
+        at_least(self, 1, "timeout")
         check_file(self.json)
         if (self.index is None) != (self.gates.in_index is None):
             raise UserError("--index and --in-index go together: which index, and how near is too near")

@@ -47,7 +47,10 @@ class ReadPictures:
             [(row["size"], row["mtime_ns"]) for row in listed],
             max_bytes=self.max_bytes,
         )
-        for index, (row, data) in enumerate(zip(listed, found, strict=True)):
+        texts = self.reader.read_captions(
+            [row["caption_locator"] if row["caption"] is None else None for row in listed]
+        )
+        for index, (row, data, text) in enumerate(zip(listed, found, texts, strict=True)):
             now = time.perf_counter()
             seconds["read"] += now - begun
             try:
@@ -57,7 +60,7 @@ class ReadPictures:
                     data, target=self.preprocess.side, max_pixels=self.max_pixels, max_bytes=self.max_bytes
                 )
                 pictures.append(self.preprocess(decoded.image))
-                caption = self._caption(row)
+                caption = text if row["caption"] is None else str(row["caption"])
                 extra.append({**clip(caption), "width": decoded.width, "height": decoded.height})
                 kept.append(index)
             except ItemError as error:
@@ -66,12 +69,6 @@ class ReadPictures:
             begun = time.perf_counter()
             seconds["decode"] += begun - now
         return self._joined(rows, kept, extra), stack(pictures), dead, seconds
-
-    def _caption(self, row: Row) -> str | None:
-        """The caption of the row, or the text of its file; a file that cannot be read is none."""
-        if row["caption"] is not None or row["caption_locator"] is None:
-            return None if row["caption"] is None else str(row["caption"])
-        return self.reader.read_caption(row["caption_locator"])
 
     @staticmethod
     def _joined(rows: pa.Table, kept: list[int], extra: list[Row]) -> pa.Table:

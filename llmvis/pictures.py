@@ -167,7 +167,7 @@ def list_pictures(images: str) -> Listed:
                 continue
             caption = row["caption"]
             if caption is None and row["caption_locator"] is not None:
-                caption = reader.read_caption(row["caption_locator"])
+                (caption,) = reader.read_captions([row["caption_locator"]])
             digest.update(repr(caption).encode())
             path = str(row["path"])
             rows.append(Row(path, caption or "", (), path, _split_of(path)))

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"  # permission denied, I/O error, not a regular file
     LINK = "link"  # symbolic link that dangles, loops or leaves the collection
     UNSAFE_PATH = "unsafe_path"  # a name in a table that points out of the collection
+    DUPLICATE_KEY = "duplicate_key"  # a key that its archive has already
     CHANGED = "changed"  # size or time differs from what the plan saw
     EMPTY = "empty"  # no bytes, or a null cell
     NOT_AN_IMAGE = "not_an_image"  # the content is no image: HTML, text, random bytes
@@ -45,6 +46,9 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"  # the file ends before the picture does
     CORRUPT = "corrupt"  # the decoder failed, or the picture has no pixels
     UNSUITABLE = "unsuitable"  # asked for what cannot be done with this picture, or its mask does not fit
+    CRASHED = "crashed"  # it killed the process that read it or ran the model on it
+    TIMEOUT = "timeout"  # it took longer than an item may
+    OUT_OF_MEMORY = "out_of_memory"  # it wanted more memory than an item may have
     MODEL_ERROR = "model_error"  # the model gave NaN or infinity for this item
     BLANK = "blank"  # a made picture of nearly one colour
     LOW_SCORE = "low_score"  # a made picture that scores below the minimum asked for

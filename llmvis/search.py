@@ -8,6 +8,7 @@ the index's own reader opens.
 from __future__ import annotations
 
 import math
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmvis.index import SOURCE, FlatIndex
 from llmvis.models.protocols import Encoder
 from llmvis.schema import ItemError, UserError
 from llmvis.sources import open_reader
-from llmvis.sources.base import read_file
+from llmvis.sources.files import read_file
 
 F32 = npt.NDArray[np.float32]
 
@@ -132,7 +133,7 @@ def _hit(rank: int, score: float, row: dict[str, Any], sources: list[dict[str, A
     own = {name: row.pop(name) for name in ("id", "caption", "width", "height", "locator")}
     own["source"] = row.pop(SOURCE)
     row.pop("caption_truncated")
-    path = str(Path(sources[own["source"]]["shown_root"]) / row.pop("path"))
+    path = posixpath.join(sources[own["source"]]["shown_root"], row.pop("path"))
     return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
 
 

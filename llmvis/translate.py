@@ -63,10 +63,15 @@ class ReadSources:
         kept, arrays, dead = list[Row](), list[Pictures](), list[Row]()
         sources = _Once(self.reader, listed, "locator", self.max_bytes)
         masks = self.masks and _Once(self.masks, listed, "mask_locator", self.max_bytes)
+        texts = self.reader.read_captions(
+            [None if row["caption"] else row["caption_locator"] for row in listed]
+        )
         for place, row in enumerate(listed):
             begun = time.perf_counter()
             data = sources.bytes_of(place)
             mask = masks.bytes_of(place) if masks else None
+            text = next(texts)
+            row["caption"] = row["caption"] or text
             now = time.perf_counter()
             seconds["read"] += now - begun
             stage = "read" if isinstance(data, ItemError) or isinstance(mask, ItemError) else "decode"
@@ -83,7 +88,7 @@ class ReadSources:
     def _prepared(self, row: Row, data: bytes, mask_data: bytes | None) -> tuple[Row, Pictures]:
         image = decode(data, max_pixels=self.max_pixels, max_bytes=self.max_bytes).image
         mask = None if mask_data is None else self._mask(mask_data, image.size)
-        caption = row["caption"] or self._caption(row)
+        caption = row["caption"]
         instruction = row["instruction"].replace("{caption}", caption or "").strip(" :,")
         task = parse_enhancement(
             row["instruction"]
@@ -124,11 +129,6 @@ class ReadSources:
         if mask.size != size:
             raise ItemError(Reason.UNSUITABLE, f"the mask is {mask.size}, the picture {size}")
         return mask
-
-    def _caption(self, row: Row) -> str | None:
-        """The text of the caption's own file, if there is one."""
-        locator = row["caption_locator"]
-        return None if locator is None else self.reader.read_caption(locator)
 
 
 class _Once:

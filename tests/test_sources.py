@@ -214,6 +214,76 @@ def test_a_table_that_lacks_the_column_stops_the_job_before_it_starts(tmp_path: 
         open_source(str(tmp_path))
 
 
+def test_tables_may_order_their_columns_differently_lack_some_and_widen_numbers(tmp_path: Path) -> None:
+    first = {"image": [b"1"], "text": ["a"], "stars": pa.array([1], pa.int32()), "only_here": ["x"]}
+    pq.write_table(pa.table(first), tmp_path / "0.parquet")
+    second = {"later": [0.5], "stars": pa.array([2**40], pa.int64()), "text": ["b"], "image": [b"2"]}
+    pq.write_table(pa.table(second), tmp_path / "1.parquet")
+    source = open_source(str(tmp_path))
+    found = [row for chunk in source.listing() for row in chunk.to_pylist()]
+    assert [(r["caption"], r["stars"], r["only_here"], r["later"]) for r in found] == [
+        ("a", 1, "x", None),
+        ("b", 2**40, None, 0.5),
+    ]
+    assert contents(tmp_path) == [b"1", b"2"]
+    assert source.notes() == [
+        "column 'only_here' is not in 1 of 2 tables: null there",
+        "column 'later' is not in 1 of 2 tables: null there",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("stars", pa.array(["many"]), "1.parquet: column 'stars' is string, in .*0.parquet it is int64"),
+        ("stars", pa.array([1.5]), "column 'stars' is double"),
+        ("image", pa.array(["a.jpg"]), "column 'image' is string"),
+    ],
+)
+def test_columns_that_cannot_be_one_are_refused_before_the_work(
+    tmp_path: Path, column: str, values: pa.Array, words: str
+) -> None:
+    table = pa.table({"image": [b"1"], "stars": [1]})
+    pq.write_table(table, tmp_path / "0.parquet")
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), tmp_path / "1.parquet")
+    with pytest.raises(SourceError, match=words):
+        open_source(str(tmp_path))
+
+
+def test_a_table_that_vanishes_gives_its_rows_a_reason(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "0.parquet")
+    description = open_source(str(tmp_path)).describe()
+    (tmp_path / "0.parquet").unlink()
+    found = list(open_reader(description).read([b"0:0:0", b"0:0:1"], [(None, None)] * 2))
+    assert [f.reason for f in found if isinstance(f, ItemError)] == [Reason.MISSING] * 2
+
+
+def test_odd_names_and_links_in_a_table_of_paths(tmp_path: Path) -> None:
+    files(tmp_path, "in/new\nline.jpg", "in/多.jpg", "secret.jpg")
+    (tmp_path / "in" / "out.jpg").symlink_to("../secret.jpg")
+    (tmp_path / "in" / "loop.jpg").symlink_to("loop.jpg")
+    names = ["new\nline.jpg", "多.jpg", "out.jpg", "loop.jpg", "nul\0.jpg"]
+    pq.write_table(pa.table({"path": names}), tmp_path / "in" / "t.parquet")
+    assert [r["reason"] for r in rows(tmp_path / "in" / "t.parquet")] == [
+        None, None, "unsafe_path", "link", "unsafe_path",
+    ]  # fmt: skip
+    found = contents(tmp_path / "in" / "t.parquet")
+    assert found[:2] == [b"in/new\nline.jpg", "in/多.jpg".encode()]
+    assert not any(isinstance(data, bytes) for data in found[2:])
+
+
+def test_a_name_with_a_newline_has_its_row_in_an_imagefolder(tmp_path: Path) -> None:
+    files(tmp_path, "new\nline.jpg")
+    with open(os.path.join(os.fsencode(tmp_path), b"not-utf8-\xff.jpg"), "wb") as file:
+        file.write(b"odd")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "new\nline.jpg", "text": "two lines"}))
+    assert [(r["path"], r["caption"]) for r in rows(tmp_path)] == [
+        ("new\nline.jpg", "two lines"),
+        ("not-utf8-\\xff.jpg", None),
+    ]
+    assert contents(tmp_path) == [b"new\nline.jpg", b"odd"]
+
+
 def test_a_changed_table_is_not_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "0.parquet")
     description = open_source(str(tmp_path)).describe()
@@ -245,3 +315,11 @@ def test_a_users_columns_keep_their_names_unless_taken() -> None:
         sources_base.carried([pa.field("a", pa.int8())] * 2, "x")
     assert not sources_base.can_carry(pa.struct([]))
     assert not sources_base.can_carry(pa.struct([("bytes", pa.binary())]))
+
+
+def test_tables_are_ordered_folder_by_folder_and_links_to_folders_do_not_count(tmp_path: Path) -> None:
+    for name in ("train/0", "train-more/0", "train/1", "Z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"image": [name.encode()]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "again").symlink_to("train")
+    assert contents(tmp_path) == [b"Z", b"train/0", b"train/1", b"train-more/0"]

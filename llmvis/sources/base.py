@@ -1,28 +1,24 @@
-"""What every source and reader has in common: the two protocols, options, safe opening of files."""
+"""What every source and reader has in common: the two protocols, options, captions, columns."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from llmvis.schema import LISTING, RESERVED, ItemError, Reason, UserError
+from llmvis.schema import LISTING, MAX_CAPTION, RESERVED, ItemError
+from llmvis.sources.files import SourceError as SourceError
+from llmvis.sources.files import Stat
+
+RowT = TypeVar("RowT")
 
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "description", "alt_text", "name", "label")
 """Where a caption is looked for, in this order, unless a column is named."""
 
 LISTING_CHUNK = 8_192
 """Rows of a listing that are in memory at a time."""
-
-
-class SourceError(UserError):
-    """A collection that cannot be read as a whole; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +28,11 @@ class SourceOptions:
     image_column: str | None = None
     """Parquet: the column with paths, bytes or image structs."""
     caption_column: str | None = None
-    """Parquet and imagefolder: the column that becomes `caption`."""
+    """Parquet, imagefolder and the .json of tars: the column that becomes `caption`."""
     id_column: str | None = None
     """Parquet: a column of unique keys that ids are made from (default: file and row)."""
     image_root: str | None = None
     """Parquet with a path column: the folder that relative paths start from and none may leave."""
-
-
-Stat = tuple[int | None, int | None]
-"""Size in bytes and mtime in nanoseconds; None where it is not known."""
 
 
 class Reader(Protocol):
@@ -59,8 +51,8 @@ class Reader(Protocol):
         """
         ...
 
-    def read_caption(self, locator: bytes) -> str | None:
-        """The beginning of a caption's own file; None where it cannot be read."""
+    def read_captions(self, locators: Sequence[bytes | None]) -> Iterator[str | None]:
+        """The beginning of each caption's own file, in order; None where there is none or it cannot be read."""
         ...
 
 
@@ -167,48 +159,27 @@ def listing_table(columns: dict[str, list[Any]], user: pa.Table | None = None) -
     return table
 
 
-def inside(root: Path, name: str) -> Path:
-    """The regular place of `name` below `root`. Raises `ItemError` if it would lie outside."""
-    path = Path(os.path.normpath(root / name))
-    if path != root and root not in path.parents:
-        raise ItemError(
-            Reason.UNSAFE_PATH, f"{name!r} lies outside {root}; name its folder with --image-root"
-        )
-    return path
+CAPTION_HEAD = 4 * MAX_CAPTION + 4
+"""Bytes of a caption's file that are read: a character has at most four."""
 
 
-def read_file(
-    path: bytes | Path, stat_then: Stat = (None, None), *, max_bytes: int | None = None, head: int = -1
-) -> bytes:
-    """The bytes of a regular file (the first `head` of them), or an `ItemError` that says why not.
-
-    Never follows a link in the last place, never blocks on a pipe, never reads a file of
-    more than `max_bytes`; a file that differs from `stat_then` has changed since the plan.
-    """
-    size, mtime_ns = stat_then
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise ItemError(_reason(error), error.strerror or str(error)) from error
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ItemError(Reason.UNREADABLE, "not a regular file")
-        if (size is not None and found.st_size != size) or (
-            mtime_ns is not None and found.st_mtime_ns != mtime_ns
-        ):
-            raise ItemError(Reason.CHANGED, f"was {size} bytes when the job was planned, is {found.st_size}")
-        if max_bytes is not None and found.st_size > max_bytes:
-            raise ItemError(Reason.TOO_LARGE, f"{found.st_size} bytes, the cap is {max_bytes}")
-        try:
-            return file.read(head)
-        except OSError as error:
-            raise ItemError(Reason.UNREADABLE, error.strerror or str(error)) from error
+def caption_text(data: bytes) -> str:
+    """The first `CAPTION_HEAD` bytes of a caption's file as text; a character that was cut in two is dropped."""
+    return data.decode("utf-8-sig", "ignore" if len(data) >= CAPTION_HEAD else "replace").strip()
 
 
-def _reason(error: OSError) -> Reason:
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return Reason.MISSING
-    if error.errno == errno.ELOOP:
-        return Reason.LINK
-    return Reason.UNREADABLE
+def shown(name: bytes) -> str:
+    """A name of a file as people read it; bytes that are not UTF-8 are escaped."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def chunks(rows: Iterable[RowT]) -> Iterator[list[RowT]]:
+    """The same rows in lists of `LISTING_CHUNK`, the last one shorter; none is empty."""
+    held: list[RowT] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == LISTING_CHUNK:
+            yield held
+            held = []
+    if held:
+        yield held

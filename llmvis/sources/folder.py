@@ -7,36 +7,27 @@ files; what is no picture is found out when it is decoded.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
-from llmvis.schema import MAX_CAPTION, ItemError, Reason, item_id
+from llmvis.schema import ItemError, Reason, item_id
 from llmvis.sources.base import (
-    CAPTION_COLUMNS,
-    LISTING_CHUNK,
+    CAPTION_HEAD,
     SourceError,
     SourceOptions,
-    Stat,
-    can_carry,
+    caption_text,
     captions,
-    carried,
-    inside,
+    chunks,
     listing_table,
-    pick_caption,
-    read_file,
+    shown,
 )
+from llmvis.sources.files import Entry, Files, Stat, in_order, open_files, read_each
+from llmvis.sources.imagefolder import METADATA, Metadata
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = frozenset(
     b".txt .json .jsonl .csv .tsv .md .yaml .yml .parquet .arrow .npy .safetensors .db .ini .log".split()
 )
@@ -44,29 +35,28 @@ SIDECARS = frozenset(
 
 
 class FolderSource:
-    """All files below `root`; a metadata table in `root` makes it an imagefolder."""
+    """All files below the root of `files`; a metadata table in the root makes it an imagefolder."""
 
-    def __init__(self, root: Path, options: SourceOptions) -> None:
-        self.root = root
-        self._metadata_files = _metadata_files(root)
-        self._metadata: pa.Table | None = None
-        self._caption: str | None = None
-        self.user_columns: list[pa.Field] = []
+    def __init__(self, files: Files, options: SourceOptions) -> None:
+        self._files = files
         self._ignored: Counter[str] = Counter()
         if options.image_column or options.id_column or options.image_root:
             raise SourceError(
-                f"{root} is a folder of pictures; --image-column, --id-column and --image-root are for Parquet: "
-                "give the .parquet file itself"
+                f"{files.root} is a folder of pictures; --image-column, --id-column and --image-root are for "
+                "Parquet: give the .parquet file itself"
             )
-        if self._metadata_files:
-            self._open_metadata(options)
-        elif options.caption_column:
-            raise SourceError(f"{root} has no metadata.jsonl or metadata.csv to take --caption-column from")
+        self._metadata = Metadata.of(files, options)
+        if self._metadata is None and options.caption_column:
+            raise SourceError(
+                f"{files.root} has no metadata.jsonl or metadata.csv to take --caption-column from"
+            )
+        self.user_columns: list[pa.Field] = self._metadata.user_columns if self._metadata else []
 
     def describe(self) -> dict[str, Any]:
-        kind = "imagefolder" if self._metadata_files else "folder"
-        root = str(self.root)
-        return {"kind": kind, "root": root, "shown_root": root, "caption_column": self._caption}
+        kind = "imagefolder" if self._metadata else "folder"
+        root = self._files.root
+        caption = self._metadata.caption if self._metadata else None
+        return {"kind": kind, "root": root, "shown_root": root, "caption_column": caption}
 
     def notes(self) -> list[str]:
         """Files that are not items, by ending."""
@@ -75,109 +65,47 @@ class FolderSource:
     def listing(self) -> Iterator[pa.Table]:
         """The files in the order of their names; then metadata rows whose file is not there."""
         self._ignored.clear()
+        entries = self._files.walk(self._skip)
         if self._metadata is None:
-            for chunk in _chunks(self._walk()):
-                yield listing_table(_columns(chunk))
+            for chunk in chunks(entries):
+                yield listing_table(entry_columns(chunk))
             return
-        rows_of, unsafe = self._metadata_rows()
-        yield from self._with_metadata(self._walk(), rows_of)
+        rows_of, unsafe = self._metadata.rows()
+        yield from self._with_metadata(entries, rows_of)
         for name, rows in sorted(rows_of.items()):
             missing = _bad(name, Reason.MISSING, "named in the metadata, but not there (or hidden)")
             yield from self._with_metadata(iter([missing]), {name: rows})
-        for row, error in unsafe:
-            value = self._metadata["file_name"][row].as_py()
-            name = str(value).encode() if value else b"\0row %d" % row  # no file can have that name
+        for row, name, error in unsafe:
             item = _bad(name, error.reason, error.detail)
             yield from self._with_metadata(iter([item]), {name: [row]})
 
-    def _walk(self) -> Iterator[dict[str, Any]]:
-        """Every file below the root, depth first in byte order, with what the listing says of it."""
-        root = os.fsencode(self.root)
-        real_root = os.path.realpath(root)
-        pending = [b""]
-        while pending:
-            name = pending.pop()
-            path = os.path.join(root, name) if name else root
-            if not name or name.endswith(b"/"):
-                try:
-                    with os.scandir(path) as entries:
-                        found = [e.name + (b"/" if e.is_dir(follow_symlinks=False) else b"") for e in entries]
-                except OSError as error:
-                    if not name:
-                        raise SourceError(f"{self.root} cannot be read: {error.strerror}") from error
-                    yield _bad(name, Reason.UNREADABLE, f"folder: {error.strerror}")
-                    continue
-                for child in sorted(found, reverse=True):
-                    if self._is_item(child):
-                        pending.append(name + child)
-                continue
-            yield _file(path, name, real_root)
-
-    def _is_item(self, child: bytes) -> bool:
+    def _skip(self, child: bytes) -> bool:
         if child.startswith(b"."):
             self._ignored["hidden"] += 1
-            return False
+            return True
         ending = os.path.splitext(child)[1].lower()
         if ending in SIDECARS:
             if ending != b".txt" and os.fsdecode(child) not in METADATA:
                 self._ignored[ending.decode()] += 1
-            return False
-        return child not in (b"Thumbs.db", b"desktop.ini")
+            return True
+        return child in (b"Thumbs.db", b"desktop.ini")
 
-    def _open_metadata(self, options: SourceOptions) -> None:
-        tables = []
-        for path in self._metadata_files:
-            table = _read_metadata(path)
-            folder = path.parent.relative_to(self.root).as_posix()
-            if folder != ".":  # names are relative to their table; here, to the root
-                at = table.schema.get_field_index("file_name")
-                names = [None if n is None else f"{folder}/{n}" for n in table["file_name"].to_pylist()]
-                table = table.set_column(at, "file_name", pa.array(names, pa.string()))
-            tables.append(table)
-        where = str(self._metadata_files[0])
-        try:
-            self._metadata = pa.concat_tables(tables, promote_options="default")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise SourceError(f"{where} and its like have columns that differ: {error}") from error
-        fields = [field for field in self._metadata.schema if field.name != "file_name"]
-        carried(fields, where)
-        self._caption = pick_caption(fields, options.caption_column, where)
-        fields = [f for f in fields if f.name != self._caption and can_carry(f.type)]
-        self.user_columns = carried(fields, where)
-        self._user_names = [f.name for f in fields]
+    def _with_metadata(self, entries: Iterator[Entry], rows_of: dict[bytes, list[int]]) -> Iterator[pa.Table]:
+        """Entries with caption and user columns of their metadata rows, which are taken out of `rows_of`."""
+        metadata = self._metadata
+        assert metadata is not None
 
-    def _metadata_rows(self) -> tuple[dict[bytes, list[int]], list[tuple[int, ItemError]]]:
-        """Rows of the metadata table by the name of their file; and the rows whose name is unsafe."""
-        assert self._metadata is not None
-        rows_of: dict[bytes, list[int]] = defaultdict(list)
-        unsafe: list[tuple[int, ItemError]] = []
-        for row, name in enumerate(self._metadata["file_name"].to_pylist()):
-            try:
-                if not name:
-                    raise ItemError(Reason.EMPTY, "no file name")
-                path = inside(self.root, str(name))
-                rows_of[os.fsencode(path.relative_to(self.root))].append(row)
-            except ItemError as error:
-                unsafe.append((row, error))
-        return rows_of, unsafe
+        def paired() -> Iterator[tuple[Entry, int | None]]:
+            for entry in entries:
+                for row in rows_of.pop(entry.listed, [None]):
+                    yield entry, row
 
-    def _with_metadata(
-        self, items: Iterator[dict[str, Any]], rows_of: dict[bytes, list[int]]
-    ) -> Iterator[pa.Table]:
-        """Items with caption and user columns of their metadata rows, which are taken out of `rows_of`."""
-        assert self._metadata is not None
-
-        def paired() -> Iterator[dict[str, Any]]:
-            for item in items:
-                for row in rows_of.pop(item.get("listed", item["name"]), [None]):
-                    yield {**item, "row": row}
-
-        for chunk in _chunks(paired()):
-            picked = self._metadata.take(pa.array([item["row"] for item in chunk], pa.int64()))
-            columns = _columns(chunk)
-            if self._caption:
-                columns["caption"] = captions(picked[self._caption], f"column {self._caption!r}")
-            user = picked.select(self._user_names).rename_columns([f.name for f in self.user_columns])
+        for chunk in chunks(paired()):
+            picked = metadata.table.take(pa.array([row for _, row in chunk], pa.int64()))
+            columns = entry_columns([entry for entry, _ in chunk])
+            if metadata.caption:
+                columns["caption"] = captions(picked[metadata.caption], f"column {metadata.caption!r}")
+            user = picked.select(metadata.user_names).rename_columns([f.name for f in self.user_columns])
             yield listing_table(columns, user)
 
 
@@ -193,111 +121,36 @@ class FolderReader:
         stats: Sequence[Stat] | None = None,
         max_bytes: int | None = None,
     ) -> Iterator[bytes | ItemError]:
-        root = os.fsencode(self.root)
-        for index, locator in enumerate(locators):
+        return read_each(open_files(self.root), locators, stats, max_bytes)
+
+    def read_captions(self, locators: Sequence[bytes | None]) -> Iterator[str | None]:
+        files = open_files(self.root)
+
+        def one(locator: bytes | None) -> str | None:
             try:
-                stat_then = stats[index] if stats else (None, None)
-                yield read_file(os.path.join(root, locator), stat_then, max_bytes=max_bytes)
-            except ItemError as error:
-                yield error
+                return None if locator is None else caption_text(files.read(locator, head=CAPTION_HEAD))
+            except ItemError:
+                return None
 
-    def read_caption(self, locator: bytes) -> str | None:
-        path = os.path.join(os.fsencode(self.root), locator)
-        try:  # a character has at most four bytes; what is cut off in its middle is dropped
-            data = read_file(path, head=4 * MAX_CAPTION + 4)
-        except ItemError:
-            return None
-        return data.decode("utf-8-sig", "ignore" if len(data) > 4 * MAX_CAPTION else "replace").strip()
+        return in_order(one, locators, files.threads)
 
 
-def _metadata_files(root: Path) -> list[Path]:
-    """The metadata table in `root`, else those of the folders in it (`train/metadata.csv`, …)."""
-    here = [root / name for name in METADATA if (root / name).is_file()]
-    if here:
-        return here[:1]
-    try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError as error:
-        raise SourceError(f"{root} cannot be read: {error.strerror}") from error
-    return [path for folder in folders for name in METADATA if (path := folder / name).is_file()]
-
-
-def _read_metadata(path: Path) -> pa.Table:
-    """A metadata table; file names and captions stay the text that they are."""
-    try:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as file:
-                first = json.loads(file.readline() or b"{}")
-            text = [n for n in CAPTION_COLUMNS if isinstance(first.get(n), str)]
-            schema = pa.schema([(name, pa.string()) for name in ("file_name", *text)])
-            table = pyarrow.json.read_json(
-                path, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema)
-            )
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as lines:
-                header = next(csv.reader(lines), [])
-            text = [name for name in ("file_name", *CAPTION_COLUMNS) if name in header]
-            options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text, pa.string()))
-            parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            table = pyarrow.csv.read_csv(path, convert_options=options, parse_options=parse)
-        else:
-            table = pq.read_table(path)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
-    if table.column_names.count("file_name") != 1:
-        raise SourceError(f"{path} has no column 'file_name'; it has: {', '.join(table.column_names)}")
-    return table
-
-
-def _file(path: bytes, listed: bytes, real_root: bytes) -> dict[str, Any]:
-    """What the listing says of one directory entry that is no directory.
-
-    A link inside the collection is the item that it points to, with its own caption.
-    """
-    name, target = listed, path
-    try:
-        if os.path.islink(path):
-            target = os.path.realpath(path, strict=True)
-            if not target.startswith(os.path.join(real_root, b"")):
-                return _bad(name, Reason.LINK, "points out of the collection; copy the file in")
-            if os.path.isdir(target):
-                return _bad(name, Reason.LINK, "points to a folder; links to folders are not followed")
-            name = os.path.relpath(target, real_root)
-        found = os.stat(target, follow_symlinks=False)
-    except OSError as error:
-        return _bad(name, Reason.LINK if os.path.islink(path) else Reason.UNREADABLE, error.strerror or "")
-    item = {"name": name, "listed": listed, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    try:
-        caption = os.stat(os.path.splitext(path)[0] + b".txt", follow_symlinks=False)
-    except OSError:
-        return item
-    return item | {
-        "caption_locator": os.path.splitext(listed)[0] + b".txt",
-        "caption_mtime_ns": caption.st_mtime_ns,
+def entry_columns(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+    """Columns of a listing for files; the id is of the name, the locator is the name."""
+    texts = [e.text_mtime_ns for e in entries]
+    stems = [os.path.splitext(e.listed)[0] + b".txt" for e in entries]
+    return {
+        "id": [item_id(e.name) for e in entries],
+        "path": [shown(e.name) for e in entries],
+        "locator": [e.name for e in entries],
+        "size": [e.size for e in entries],
+        "mtime_ns": [e.mtime_ns for e in entries],
+        "caption_locator": [stem if t is not None else None for stem, t in zip(stems, texts, strict=True)],
+        "caption_mtime_ns": texts,
+        "reason": [e.reason and str(e.reason) for e in entries],
+        "detail": [e.detail if e.reason else None for e in entries],
     }
 
 
-def _bad(name: bytes, reason: Reason, detail: str) -> dict[str, Any]:
-    return {"name": name, "reason": str(reason), "detail": detail}
-
-
-def _columns(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {
-        "id": [item_id(item["name"]) for item in items],
-        "path": [item["name"].decode("utf-8", "backslashreplace") for item in items],
-        "locator": [item["name"] for item in items],
-    }
-    for key in ("size", "mtime_ns", "caption_locator", "caption_mtime_ns", "reason", "detail"):
-        columns[key] = [item.get(key) for item in items]
-    return columns
-
-
-def _chunks(items: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == LISTING_CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _bad(name: bytes, reason: Reason, detail: str) -> Entry:
+    return Entry(listed=name, name=name, reason=reason, detail=detail)

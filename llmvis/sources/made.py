@@ -5,16 +5,18 @@ Knows no models and no pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmvis.ledger import read_manifest
 from llmvis.schema import MAKERS, ItemError, Reason
-from llmvis.sources.base import LISTING_CHUNK, SourceError, listing_table
-from llmvis.storage import rows_of_job
+from llmvis.sources.base import SourceError, listing_table
+from llmvis.storage import open_store, rows_of_job
+
+T = TypeVar("T")
 
 Refused = Mapping[str, tuple[Reason, str]]
 """Why gates refused rows, by id."""
@@ -45,21 +47,23 @@ class MadeSource:
             for file in manifest["files"]:
                 if not file["name"].endswith(".parquet"):
                     raise SourceError(
-                        f"{store.root} is no data set in Parquet, and only such can be read again"
+                        f"{store.uri} is no data set in Parquet, and only such can be read again"
                     )
-                self._files.append({"path": str(store.path(file["name"])), **file})
+                self._files.append({"store": store.uri, **file})
             models = manifest.get("models", [manifest["model"]])
             self.models += [model for model in models if model not in self.models]
         if not self._files:
             raise SourceError(f"{', '.join(map(str, folders))}: finished, and without a single picture")
         self._refused, self._about = refused or {}, about
-        self.schema = pa.unify_schemas([pq.read_schema(file["path"]) for file in self._files])
+        self.schema = pa.unify_schemas(
+            [_with_table(file, lambda table: table.schema_arrow) for file in self._files]
+        )
 
     def describe(self) -> dict[str, Any]:
         gates = {} if self._about is None else {"gates": self._about}
         return {
             "kind": "made",
-            "root": self._files[0]["path"],
+            "root": self._files[0]["store"],
             "shown_root": "",
             "files": self._files,
             **gates,
@@ -71,32 +75,26 @@ class MadeSource:
     def listing(self) -> Iterator[pa.Table]:
         """Rows in the order of files; the locator is `file:row group:row`."""
         for number, file in enumerate(self._files):
-            with pq.ParquetFile(file["path"]) as table:
-                for group in range(table.num_row_groups):
-                    at = 0
-                    for batch in table.iter_batches(
-                        LISTING_CHUNK, row_groups=[group], columns=["id", "caption"], use_threads=False
-                    ):
-                        ids = batch["id"].to_pylist()
-                        found = [self._refused.get(i, (None, None)) for i in ids]
-                        yield listing_table(
-                            {
-                                "id": ids,
-                                "path": [f"{i}.png" for i in ids],
-                                "locator": [f"{number}:{group}:{at + i}".encode() for i in range(len(ids))],
-                                "caption": batch["caption"].to_pylist(),
-                                "reason": [None if reason is None else str(reason) for reason, _ in found],
-                                "detail": [detail for _, detail in found],
-                            }
-                        )
-                        at += len(ids)
+            for group, rows in enumerate(_with_table(file, _ids_and_captions)):
+                ids = rows["id"].to_pylist()
+                found = [self._refused.get(i, (None, None)) for i in ids]
+                yield listing_table(
+                    {
+                        "id": ids,
+                        "path": [f"{i}.png" for i in ids],
+                        "locator": [f"{number}:{group}:{at}".encode() for at in range(len(ids))],
+                        "caption": rows["caption"].to_pylist(),
+                        "reason": [None if reason is None else str(reason) for reason, _ in found],
+                        "detail": [detail for _, detail in found],
+                    }
+                )
 
 
 class MadeReader:
     """Reads whole rows of made pictures by `file:row group:row`; small and picklable."""
 
     def __init__(self, description: dict[str, Any], schema: pa.Schema) -> None:
-        self._files, self._schema = [file["path"] for file in description["files"]], schema
+        self._files, self._schema = description["files"], schema
 
     def rows(self, locators: Sequence[bytes]) -> pa.Table:
         """Rows in the order of the locators, under the schema of all files. Raises `ItemError` if a file is gone."""
@@ -107,10 +105,9 @@ class MadeReader:
         tables, places = [], list[int]()
         for (file, group), rows in wanted.items():
             try:
-                with pq.ParquetFile(self._files[file]) as table:
-                    found = table.read_row_group(group, use_threads=False)
+                found = _with_table(self._files[file], lambda table, at=group: table.read_row_group(at))  # type: ignore[misc]
             except (OSError, pa.ArrowException) as error:
-                raise ItemError(Reason.UNREADABLE, f"{self._files[file]}: {error}") from error
+                raise ItemError(Reason.UNREADABLE, f"{self._files[file]['name']}: {error}") from error
             tables.append(found.take([row for row, _ in rows]))
             places += [place for _, place in rows]
         if not tables:
@@ -122,3 +119,20 @@ class MadeReader:
             for field in self._schema
         ]
         return pa.Table.from_arrays(columns, schema=self._schema).take(order)
+
+
+def _with_table(file: dict[str, Any], use: Callable[[pq.ParquetFile], T]) -> T:
+    """What `use` gives of an open file of a manifest, wherever it lies."""
+    store = open_store(file["store"])
+
+    def opened() -> T:
+        with store.open(file["name"]) as data, pq.ParquetFile(data) as table:
+            return use(table)
+
+    return store.attempt(opened)
+
+
+def _ids_and_captions(table: pq.ParquetFile) -> list[pa.Table]:
+    """One table a row group."""
+    groups = range(table.num_row_groups)
+    return [table.read_row_group(group, columns=["id", "caption"]) for group in groups]

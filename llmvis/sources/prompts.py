@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from llmvis.schema import Reason, item_id
 from llmvis.sources.base import LISTING_CHUNK, SourceError, can_carry, carried, listing_table
-from llmvis.storage import local_path, sha256_bytes, sha256_file
+from llmvis.storage import is_remote, local_path, open_store, sha256_bytes
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 ADDED = [
@@ -70,15 +70,10 @@ class PromptSource:
     ) -> None:  # fmt: skip
         self._seeds, self._negative = list(seeds), negative
         self._lists = {name: list(texts) for name, texts in (lists or {}).items()}
-        path = local_path(prompts) if "\n" not in prompts and len(prompts) < 4096 else None
-        self._file = path if path is not None and path.is_file() else None
-        looks_like_file = path is not None and path.suffix in (".txt", ".csv", ".jsonl", ".parquet")
-        if self._file is None and (looks_like_file or (path is not None and path.is_dir())):
-            raise SourceError(
-                f"{prompts} is no file; give a prompt, or a .txt, .csv, .jsonl or .parquet file"
-            )
-        self._table = _read(self._file) if self._file else pa.table({"prompt": [prompts]})
-        where = str(self._file or "the prompt")
+        self._file, data = _file(prompts)
+        self._sha256 = sha256_bytes(data)
+        self._table = _read(self._file, data) if self._file else pa.table({"prompt": [prompts]})
+        where = self._file or "the prompt"
         self._prompt = _pick(self._table.schema, prompt_column, where)
         own = {self._prompt, "negative", "seed"}
         others = [f for f in self._table.schema if f.name not in own and can_carry(f.type)]
@@ -86,12 +81,11 @@ class PromptSource:
         self.user_columns = [*carried(others, where), *ADDED]
 
     def describe(self) -> dict[str, Any]:
-        text = self._table["prompt"][0].as_py() if self._file is None else None
         return {
             "kind": "prompts",
-            "root": str(self._file or "the prompt"),
+            "root": self._file or "the prompt",
             "shown_root": "",
-            "sha256": sha256_file(self._file) if self._file else sha256_bytes(str(text).encode()),
+            "sha256": self._sha256,
             "column": self._prompt,
             "seeds": self._seeds,
             "negative": self._negative,
@@ -103,7 +97,7 @@ class PromptSource:
 
     def listing(self) -> Iterator[pa.Table]:
         """One row a picture: id of prompt, negative and seed; `path` says where the prompt stands."""
-        where = self._file.name if self._file else "prompt"
+        where = self._file.rpartition("/")[2] if self._file else "prompt"
         rows: list[dict[str, Any]] = []
         for number, row in enumerate(self._table.to_pylist()):
             rows += self._pictures(row, f"{where}#{number}")
@@ -151,19 +145,38 @@ class PromptSource:
         return listing_table(listed, pa.table(columns, schema=pa.schema(self.user_columns)))
 
 
-def _read(file: Path) -> pa.Table:
+def _file(prompts: str) -> tuple[str | None, bytes]:
+    """The file that `prompts` names, and its bytes; None and the prompt's own bytes where it names none."""
+    if "\n" in prompts or len(prompts) >= 4096:
+        return None, prompts.encode()
+    path = Path(prompts) if is_remote(prompts) else local_path(prompts)
+    looks_like_file = path.suffix in (".txt", ".csv", ".jsonl", ".parquet")
+    if not is_remote(prompts) and not path.is_file():
+        if looks_like_file or path.is_dir():
+            raise SourceError(
+                f"{prompts} is no file; give a prompt, or a .txt, .csv, .jsonl or .parquet file"
+            )
+        return None, prompts.encode()
+    folder, _, name = (prompts if is_remote(prompts) else str(path)).rpartition("/")
+    try:
+        return f"{folder}/{name}", open_store(folder or "/").read(name)
+    except OSError as error:
+        raise SourceError(f"{prompts} cannot be read: {error}") from error
+
+
+def _read(file: str, data: bytes) -> pa.Table:
     """A file of prompts as a table. Raises `SourceError` with the line that is wrong."""
     try:
-        if file.suffix == ".parquet":
-            return pq.read_table(file)
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        if file.endswith(".parquet"):
+            return pq.read_table(pa.BufferReader(data))
+        text = data.decode("utf-8-sig")
+    except (UnicodeDecodeError, pa.ArrowException) as error:
         raise SourceError(f"{file} cannot be read: {error}") from error
-    if file.suffix == ".csv":
+    if file.endswith(".csv"):
         rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines(keepends=True)))
         if rows and None in rows[0]:
             raise SourceError(f"{file}: the first row has more cells than the head")
-    elif file.suffix == ".jsonl":
+    elif file.endswith(".jsonl"):
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
