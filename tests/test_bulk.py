@@ -28,7 +28,7 @@ from llmvis.plan import PlanError
 from llmvis.schema import MAKERS, UserError
 from llmvis.sources import SourceError, open_source
 from llmvis.sources.made import MadeSource
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 
 TESTS = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def rows_of(out: Path | str) -> list[dict[str, Any]]:
     """Every row that the manifest names; the ledger must balance and data/ hold nothing else."""
-    store = Store(out)
+    store = LocalStore(out)
     manifest = read_manifest(store, *MAKERS)
     ledger = manifest["ledger"]
     assert ledger["input"] == ledger["written"] + ledger["dead_lettered"] + ledger["duplicates"]
@@ -118,7 +118,9 @@ def test_a_mask_keeps_what_is_outside_it_to_the_pixel(tmp_path: Path, ray_cluste
         np.testing.assert_array_equal(made[mask == 0], source[mask == 0])
     np.testing.assert_array_equal(rows["invert"][mask > 0], 255 - source[mask > 0])
     assert (rows["a red hat"][mask > 0] != source[mask > 0]).any()
-    assert read_manifest(Store(tmp_path / "out"), "translate")["ledger"]["dead_by_reason"] == {"missing": 2}
+    assert read_manifest(LocalStore(tmp_path / "out"), "translate")["ledger"]["dead_by_reason"] == {
+        "missing": 2
+    }
 
 
 def test_instructions_come_from_a_column_and_the_users_columns_go_along(
@@ -137,7 +139,9 @@ def test_instructions_come_from_a_column_and_the_users_columns_go_along(
         ("mirror", 5, "a"),
         ("invert", 7, "c"),
     ]
-    assert read_manifest(Store(tmp_path / "out"), "translate")["ledger"]["dead_by_reason"] == {"empty": 1}
+    assert read_manifest(LocalStore(tmp_path / "out"), "translate")["ledger"]["dead_by_reason"] == {
+        "empty": 1
+    }
 
 
 def test_prompts_are_filled_counted_and_made_once(tmp_path: Path, ray_cluster: None, model: str) -> None:
@@ -151,7 +155,7 @@ def test_prompts_are_filled_counted_and_made_once(tmp_path: Path, ray_cluster: N
     assert {(r["prompt"], r["negative"], r["topic"]) for r in rows} == {
         ("a blue star", None, "sky"), ("a red star", None, "sky"), ("a cloud", "rain", "sky"),
     }  # fmt: skip
-    ledger = read_manifest(Store(tmp_path / "out"), "generate")["ledger"]
+    ledger = read_manifest(LocalStore(tmp_path / "out"), "generate")["ledger"]
     assert (ledger["input"], ledger["written"], ledger["duplicates"]) == (12, 6, 4)
     assert ledger["dead_by_reason"] == {"empty": 2}
     again = tmp_path / "again"
@@ -224,7 +228,9 @@ def test_a_data_set_leaves_out_what_gates_refuse_and_says_why(tmp_path: Path, ra
     for form in ("parquet", "webdataset", "imagefolder"):
         out = tmp_path / form
         dataset.run(DatasetConfig(made=(str(tmp_path / "made"),), out=str(out), format=form))  # type: ignore[arg-type]
-        manifest = read_manifest(Store(out / "work" / "rows" if form == "imagefolder" else out), "dataset")
+        manifest = read_manifest(
+            LocalStore(out / "work" / "rows" if form == "imagefolder" else out), "dataset"
+        )
         assert manifest["ledger"]["dead_by_reason"] == {"blank": 2, "duplicate_picture": 4}
         assert manifest["rows"] == 2
         assert "duplicate_picture" in (out / "README.md").read_text()
@@ -278,7 +284,9 @@ def test_gates_by_score_keep_the_best_of_each_group(tmp_path: Path, ray_cluster:
     dataset.run(DatasetConfig(made=(str(tmp_path / "made"),), out=str(tmp_path / "set"), gates=gates))
     rows = rows_of(tmp_path / "set")
     assert len(rows) == 4 == len({row["source_id"] for row in rows})
-    assert read_manifest(Store(tmp_path / "set"), "dataset")["ledger"]["dead_by_reason"] == {"not_best": 8}
+    assert read_manifest(LocalStore(tmp_path / "set"), "dataset")["ledger"]["dead_by_reason"] == {
+        "not_best": 8
+    }
 
 
 def driver(*arguments: str) -> subprocess.Popen[bytes]:
@@ -297,7 +305,7 @@ def test_one_to_many_survives_kills_of_driver_actor_and_writer(tmp_path: Path) -
     killed = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "kills"), "3")
     process = driver(*killed)
     until = time.monotonic() + 120
-    while len(Store(tmp_path / "out").names("_commits")) < 9:
+    while len(LocalStore(tmp_path / "out").names("_commits")) < 9:
         assert process.poll() is None and time.monotonic() < until, "no progress"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

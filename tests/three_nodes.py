@@ -13,7 +13,7 @@ import tiny
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 
 
 def alive() -> int:
@@ -36,14 +36,15 @@ def main(images: str, out: str) -> None:
 
     def remove() -> None:
         until = time.monotonic() + 120
-        while len(Store(out).names("_commits")) < 4 and time.monotonic() < until:
+        while len(LocalStore(out).names("_commits")) < 4 and time.monotonic() < until:
             time.sleep(0.01)
-        models = [
-            a.node_id for a in list_actors(filters=[("state", "=", "ALIVE")]) if "_Actor)" in a.class_name
-        ]
+        models: list[str] = []
+        while not set(models) & workers.keys() and time.monotonic() < until:  # they start when they can
+            alive_actors = list_actors(filters=[("state", "=", "ALIVE")])
+            models = [a.node_id for a in alive_actors if "ModelActor)" in a.class_name]
         victim = next(workers[node_id] for node_id in models if node_id in workers)
         seen["on_victim"] = models.count(victim.node_id)
-        seen["commits_at_removal"] = len(Store(out).names("_commits"))
+        seen["commits_at_removal"] = len(LocalStore(out).names("_commits"))
         cluster.remove_node(victim, allow_graceful=False)
 
     remover = threading.Thread(target=remove, daemon=True)

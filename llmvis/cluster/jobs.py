@@ -10,52 +10,38 @@ travels as raw bytes. The engine knows nothing of any model: a job brings a
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
 from tqdm import tqdm
 
+from llmvis.cluster import observe
+from llmvis.cluster.checks import check_cluster
 from llmvis.cluster.session import resources, session
-from llmvis.ledger import PARQUET, Packing, committed, dead_row, publish_manifest, publish_shard
-from llmvis.plan import DUPLICATE, Plan, adopt, read_shard
-from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
+from llmvis.cluster.stages import Apply, ModelActor, Prepare, commit_shard, prepare_shard
+from llmvis.cluster.tally import BEGUN_ENOUGH, started_tally
+from llmvis.cluster.watch import watched
+from llmvis.events import Journal
+from llmvis.ledger import PARQUET, Packing, committed, publish_manifest
+from llmvis.plan import Plan, adopt
+from llmvis.preflight import PreflightError, cannot_fit, check_writes
+from llmvis.retry import take_up
 from llmvis.sources import Source
-from llmvis.storage import Store
+from llmvis.storage import Store, open_store
 from llmvis.summary import job_report
 
 WAVE_SHARDS = 4_096
 """Shards that Ray Data is given at a time: its driver keeps 4 kB for each, and 1 ms."""
-
-Row = dict[str, Any]
-Arrays = npt.NDArray[Any]
-
-
-class Prepare(Protocol):
-    """Runs in CPU tasks: listing rows → rows that can be used, one array row each, and dead letters.
-
-    Picklable. Returns `(rows, array (N, …), dead rows, seconds by stage)`.
-    """
-
-    def __call__(self, rows: pa.Table) -> tuple[pa.Table, Arrays, list[Row], dict[str, float]]: ...
-
-
-class Apply(Protocol):
-    """Runs in an actor: prepared rows and arrays → output rows and dead letters."""
-
-    def __call__(self, rows: pa.Table, arrays: Arrays, /) -> tuple[pa.Table, list[Row]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +64,7 @@ class Pool:
     actors: int | None = None
     gpus_per_actor: float | None = None
     shard_items: int = 256
+    timeout: float = 1800.0  # seconds for a shard in one stage; then its worker is taken to hang
 
 
 ACTOR_CPUS, PREPARE_CPUS, COMMIT_CPUS = 0.5, 0.4, 0.1
@@ -85,12 +72,8 @@ ACTOR_CPUS, PREPARE_CPUS, COMMIT_CPUS = 0.5, 0.4, 0.1
 the cores: whichever is the bottleneck finds them free, since the other waits for it. All
 differ, so that Ray Data does not fuse two stages into one."""
 
-TRIES = 3
-"""Further tries for a task whose worker died, before the job gives up."""
-
-
-class JobError(UserError):
-    """A job that cannot be finished as things are; the message says what to do."""
+LOADS_FAILED = 1
+"""Actors in a row, each with tries of its own, that may fail to load the model: one more ends the job."""
 
 
 def fit(pool: Pool, cpus: int, gpus: float, shards: int) -> tuple[int, float]:
@@ -99,8 +82,25 @@ def fit(pool: Pool, cpus: int, gpus: float, shards: int) -> tuple[int, float]:
     What is asked for is taken as it is, since a cluster that scales has few nodes at first.
     """
     share = pool.gpus_per_actor if pool.gpus_per_actor is not None else float(gpus >= 1)
-    actors = pool.actors or (max(1, int(gpus / share)) if share else cpus)
+    beside = max(1, int((cpus - PREPARE_CPUS) / ACTOR_CPUS))  # that leave room for reading
+    actors = pool.actors or min(beside, max(1, int(gpus / share)) if share else cpus)
     return max(1, min(actors, shards)), share
+
+
+def check_alone(pool: Pool, num_cpus: int | None, shards: int) -> None:
+    """What can be known without a cluster, where the job would start its own: raises `PreflightError`.
+
+    GPUs are Ray's to find, so they are taken to be there.
+    """
+    if os.environ.get("RAY_ADDRESS", "local") != "local" or ray.is_initialized():
+        return
+    cpus = num_cpus or os.cpu_count() or 1
+    actors, share = fit(pool, cpus, 0, shards)
+    node = {"CPU": float(cpus), "GPU": math.inf}
+    if why := cannot_fit(
+        [node], actors=actors, gpus_per_actor=share, actor_cpus=ACTOR_CPUS, task_cpus=PREPARE_CPUS
+    ):
+        raise PreflightError(why)
 
 
 def run_job(
@@ -118,11 +118,14 @@ def run_job(
     `announce` is told the plan before the work begins; `quiet` shows no progress. Only where there is
     work is Ray joined, or started with `num_cpus`, unless it is connected. Returns the report (see
     `summary.job_report`), which is also written to `<out>/report.json`. A finished job is left as it
-    is. Raises `PlanError` where `out` holds other work and `LockedError` where a driver is at it.
+    is. Raises `PlanError` where `out` holds other work, `LockedError` where a driver is at it,
+    `PreflightError` where the cluster can't do it, and `JobError` where the work can't be finished.
     """
-    store = Store(out)
-    with store.lock():
+    store = open_store(out)
+    with store.lock(), Journal(store.uri) as journal:
+        check_writes(store)
         begun = time.perf_counter()
+        take_up(store, job=mapping.job, source=source, settings=mapping.settings)
         plan = adopt(
             store, job=mapping.job, source=source, settings=mapping.settings, shard_items=pool.shard_items
         )
@@ -130,75 +133,101 @@ def run_job(
         done = committed(store)
         if len(done) == plan.shards and store.exists("manifest.json") and store.exists("report.json"):
             return {**store.read_json("report.json"), "already_done": True}
+        store.delete("report.json")  # of an earlier run: from here on the job is not finished
         announce(plan)
         todo = [shard for shard in range(plan.shards) if shard not in done]
+        run = journal.start(plan, len(todo))
         if todo:
             with session(num_cpus):
-                _run_shards(mapping, store, source, plan, pool, todo, quiet)
+                observe.planned(run, plan.shards, len(todo))
+                _run_shards(mapping, store, source, plan, pool, todo, quiet, run)
         manifest = publish_manifest(store, plan, mapping.about)
         report = job_report(
             store, plan, manifest, todo=todo, list_s=listed, wall_s=time.perf_counter() - begun
         )
         store.write_json("report.json", report)
+        journal.end(report)
         return report
 
 
 def _run_shards(
-    mapping: Mapping, store: Store, source: Source, plan: Plan, pool: Pool, todo: list[int], quiet: bool
-) -> None:
+    mapping: Mapping, store: Store, source: Source, plan: Plan, pool: Pool, todo: list[int], quiet: bool,
+    run: observe.Run,
+) -> None:  # fmt: skip
     """Streams the shards of `todo` through the stages; the driver sees one small row a shard."""
     cpus, gpus = resources()
     actors, share = fit(pool, cpus, gpus, len(todo))
+    check_cluster(
+        store.uri, source.describe(),
+        actors=actors, gpus_per_actor=share, actor_cpus=ACTOR_CPUS, task_cpus=PREPARE_CPUS,
+    )  # fmt: skip
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.wait_for_min_actors_s = -1
+    context.raise_original_map_exception = True  # Ray's own in its place would not have the words
+    context.execution_no_progress_timeout_s = -1  # `watched` knows what is slow and what can't run
+    context.issue_detectors_config.detectors = []  # nor do Ray's guesses at what hangs help
+    context.max_consecutive_actor_init_deaths = LOADS_FAILED
     sizes = {shard: min(plan.shard_items, plan.items - shard * plan.shard_items) for shard in todo}
-    with _progress(plan, plan.items - sum(sizes.values()), quiet) as bar:
+    with (
+        _progress(plan, plan.items - sum(sizes.values()), quiet) as bar,
+        started_tally(pool.timeout) as tally,
+    ):
         for at in range(0, len(todo), WAVE_SHARDS):
-            for shard in _wave(mapping, str(store.root), todo[at : at + WAVE_SHARDS], actors, share):
-                bar.update(sizes[shard])
+            wave = _wave(
+                mapping, store.uri, todo[at : at + WAVE_SHARDS], actors, share, tally, pool.timeout, run
+            )
+            for row in watched(wave, tally, pool.timeout):
+                bar.update(sizes[row["shard"]])
 
 
-def _wave(mapping: Mapping, out: str, shards: list[int], actors: int, gpus: float) -> Iterator[int]:
-    """Does `shards`, one Ray row each, and gives the number of each as it is committed."""
-    prepare: Any = _prepare  # Ray's types know functions of one argument only
-    commit: Any = _commit
-    actor: Any = _Actor
+def _wave(
+    mapping: Mapping,
+    out: str,
+    shards: list[int],
+    actors: int,
+    gpus: float,
+    tally: Any,
+    limit: float,
+    run: observe.Run,
+) -> ray.data.Dataset:
+    """The work on `shards`, one Ray row each; its rows hold the number of a shard that is committed.
+
+    Ray's own bounds on retries are no help: a shard that waits behind a deadly one loses a try
+    with it. The tally ends what is hopeless; these are as high as all shards' deaths together.
+    """
+    prepare: Any = prepare_shard  # Ray's types know functions of one argument only
+    commit: Any = commit_shard
+    actor: Any = ModelActor
+    most = BEGUN_ENOUGH * (1 + len(shards))
+    known = {"tally": tally, "limit": limit}
     rows: ray.data.Dataset = ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+        [{"shard": shard, "run": run} for shard in shards], override_num_blocks=len(shards)
     )
     with warnings.catch_warnings():  # the only way to bound retries; Ray takes it away in 2.64
         warnings.simplefilter("ignore", DeprecationWarning)
         rows = rows.map(
             prepare,
-            fn_kwargs={"out": out, "prepare": mapping.prepare},
+            fn_kwargs={"out": out, "prepare": mapping.prepare, **known},
             num_cpus=PREPARE_CPUS,
-            max_retries=TRIES,
+            max_retries=most,
         )
         rows = rows.map(
             actor,
-            fn_constructor_kwargs={"load": mapping.load},
+            fn_constructor_kwargs={"load": mapping.load, **known},
             compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
             num_cpus=ACTOR_CPUS,
             num_gpus=gpus or None,
-            max_task_retries=TRIES,
+            max_task_retries=most,  # its restarts have no bound of Ray's: the tally and `watched` have one
         )
         rows = rows.map(
             commit,
-            fn_kwargs={"out": out, "schema": mapping.schema, "packing": mapping.packing},
+            fn_kwargs={"out": out, "schema": mapping.schema, "packing": mapping.packing, **known},
             num_cpus=COMMIT_CPUS,
-            max_retries=TRIES,
+            max_retries=most,
         )
-    try:
-        for row in rows.iter_rows():
-            yield row["shard"]
-    except (WorkerCrashedError, ActorDiedError, ActorUnavailableError) as error:
-        raise JobError(
-            f"a worker died {1 + TRIES} times over one shard, or could not be started. What is committed stays; "
-            f"run the job again to go on. If it fails at the same place, one picture kills the decoder or the "
-            f"model: find it with smaller --shard-items in a new --out. Ray says: {str(error)[-500:]}"
-        ) from error
+    return rows
 
 
 def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
@@ -213,78 +242,3 @@ def _progress(plan: Plan, done: int, quiet: bool) -> tqdm[Any]:
         mininterval=0.2 if terminal else 10,
         dynamic_ncols=terminal,
     )
-
-
-def _prepare(row: Row, out: str, prepare: Prepare) -> Row:
-    """Stage 1, a task: reads and decodes one shard."""
-    shard = int(row["shard"])
-    listing = read_shard(Store(out).path("plan"), shard)
-    duplicate = pa.compute.equal(listing["reason"], DUPLICATE).fill_null(False)
-    bad = listing.filter(pa.compute.and_not(listing["reason"].is_valid(), duplicate))
-    dead = [
-        dead_row(r["id"], r["path"], "list", ItemError(Reason(r["reason"]), r["detail"] or ""))
-        for r in bad.select(["id", "path", "reason", "detail"]).to_pylist()
-    ]
-    rows, arrays, more, seconds = prepare(listing.filter(listing["reason"].is_null()))
-    return {
-        "head": json.dumps(
-            {
-                "shard": shard,
-                "items": listing.num_rows,
-                "duplicates": int(pa.compute.sum(duplicate).as_py() or 0),
-                "shape": arrays.shape,
-                "dtype": str(arrays.dtype),
-                "dead": dead + more,
-                "seconds": seconds,
-            }
-        ),
-        "rows": to_bytes(rows),
-        "arrays": np.ascontiguousarray(arrays).tobytes(),
-    }
-
-
-class _Actor:
-    """Stage 2, an actor: holds the model, which is loaded here and never sent."""
-
-    def __init__(self, load: Callable[[], Apply]) -> None:
-        self._apply = load()
-
-    def __call__(self, row: Row) -> Row:
-        head = json.loads(row["head"])
-        arrays = np.frombuffer(row["arrays"], head["dtype"]).reshape(head["shape"])
-        rows = from_bytes(row["rows"])
-        begun = time.perf_counter()
-        # when this shard would have been begun, had the model been there
-        head["started"] = time.time() - sum(head["seconds"].values())
-        if rows.num_rows:
-            rows, dead = self._apply(rows, arrays)
-            head["dead"] += dead
-        head["seconds"]["model"] = time.perf_counter() - begun
-        return {"head": json.dumps(head), "rows": to_bytes(rows)}
-
-
-def _commit(row: Row, out: str, schema: pa.Schema, packing: Packing) -> Row:
-    """Stage 3, a task: publishes the shard's files and its marker."""
-    head = json.loads(row["head"])
-    rows = from_bytes(row["rows"])
-    rows = rows.select(schema.names).cast(schema) if rows.num_rows else schema.empty_table()
-    dead = pa.Table.from_pylist(head["dead"], DEAD_LETTER)
-    publish_shard(
-        Store(out), head["shard"], rows, dead,
-        items=head["items"], duplicates=head["duplicates"], seconds=head["seconds"], started=head["started"],
-        packing=packing,
-    )  # fmt: skip
-    return {"shard": head["shard"]}
-
-
-def to_bytes(table: pa.Table) -> bytes:
-    """An Arrow table as IPC bytes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def from_bytes(data: bytes) -> pa.Table:
-    """The table that `to_bytes` packed."""
-    return pa.ipc.open_stream(pa.py_buffer(data)).read_all()

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmvis.cluster.jobs import Mapping, Pool, run_job
+from llmvis.cluster.jobs import Mapping, Pool, check_alone, run_job
+from llmvis.cluster.session import warn
 from llmvis.ledger import committed
 from llmvis.plan import Plan, check_same, existing, plan_aside
+from llmvis.preflight import check_writable, disk_line
+from llmvis.retry import RETRY
+from llmvis.schema import printable
 from llmvis.sources import Source
-from llmvis.storage import Store
+from llmvis.storage import Store, open_store
 from llmvis.summary import plan_lines, report_lines
 
 
@@ -32,6 +36,8 @@ class Flags(Protocol):
     @property
     def shard_items(self) -> int: ...
     @property
+    def timeout(self) -> float: ...
+    @property
     def json(self) -> str | None: ...
 
 
@@ -50,7 +56,10 @@ class Way:
     @classmethod
     def of(cls, flags: Flags, *, what: dict[str, str], row_bytes: int) -> Way:
         """As a command's flags say."""
-        pool = Pool(actors=flags.actors, gpus_per_actor=flags.gpus_per_actor, shard_items=flags.shard_items)
+        pool = Pool(
+            actors=flags.actors, gpus_per_actor=flags.gpus_per_actor, shard_items=flags.shard_items,
+            timeout=flags.timeout,
+        )  # fmt: skip
         return cls(
             out=flags.out, pool=pool, dry_run=flags.dry_run, num_cpus=flags.num_cpus, json=flags.json,
             what=what, row_bytes=row_bytes,
@@ -68,13 +77,20 @@ def run_planned(
     def announce(plan: Plan) -> None:
         what = {**way.what, "out": way.out}
         print("\n".join(plan_lines(plan, source.notes(), what=what, row_bytes=way.row_bytes)), flush=True)
+        rows = plan.items - plan.duplicates - plan.bad
+        if disk := disk_line(way.out, rows * way.row_bytes):
+            print(disk[0], flush=True)
+            if disk[1]:
+                warn(disk[1])
 
     if way.dry_run:
         with plan_aside(
             job=mapping.job, source=source, settings=mapping.settings, shard_items=way.pool.shard_items
-        ) as (plan, listing):
+        ) as (plan, aside):
             announce(plan)
-            _compare(Store(way.out), plan, listing)
+            _compare(open_store(way.out), plan, aside)
+            check_writable(way.out)
+            check_alone(way.pool, way.num_cpus, plan.shards)
         return {}
     report = run_job(mapping, source, way.out, way.pool, announce=announce, num_cpus=way.num_cpus)
     finish(report)
@@ -84,11 +100,14 @@ def run_planned(
     return report
 
 
-def _compare(store: Store, plan: Plan, listing: Path) -> None:
+def _compare(store: Store, plan: Plan, aside: Store) -> None:
     """Says how far the job in `store` is; raises `PlanError` where it is another one."""
     old = existing(store)
     if old is None:
         return
-    check_same(store, old, plan, listing)
+    if store.exists(RETRY):
+        print(f"  retry      dead letters go back to work; see llmvis inspect {printable(store.uri)}")
+        return
+    check_same(store, old, plan, aside)
     done = len(committed(store))
     print(f"  so far     {done:,} of {old.shards:,} shards are done; the job goes on from there")
