@@ -15,7 +15,7 @@ from llmvis.cluster.planned import Way, run_planned
 from llmvis.cluster.session import session
 from llmvis.config import parse
 from llmvis.config_bulk import DatasetConfig
-from llmvis.dataset import Keep, LoadScore, LookAtMade, Nearest, ReadMade, judged, scored_schema
+from llmvis.dataset import Keep, LoadScore, LookAtMade, Nearest, ReadMade, judged, no_pictures, scored_schema
 from llmvis.entry import entry
 from llmvis.export import PACKINGS, write_imagefolder
 from llmvis.gates import load_scorer
@@ -26,11 +26,15 @@ from llmvis.models.protocols import EncoderInfo
 from llmvis.present import About, present
 from llmvis.schema import ROWS, SCORES
 from llmvis.sources.made import MadeReader, MadeSource
-from llmvis.storage import Store
+from llmvis.storage import StorageError, Store, is_remote, local_path, open_store
 
 
 def run(config: DatasetConfig) -> dict[str, Any]:
     """Runs or plans the job; returns the report that is printed."""
+    if config.format == "imagefolder" and is_remote(config.out):
+        raise StorageError(
+            f"an imagefolder is many small files for a local disk; for {config.out} take --format parquet or webdataset"
+        )
     source = MadeSource(config.made)
     if config.gates.scorer:
         load_scorer(config.gates.scorer)  # here too, where a mistake is a line and not a worker's traceback
@@ -43,9 +47,10 @@ def run(config: DatasetConfig) -> dict[str, Any]:
         return run_planned(_scoring(config, source, info), source, way)
     with session(config.num_cpus):
         run_planned(_scoring(config, source, info), source, way)
-        scores = Store(way.out)
+        scores = open_store(way.out)
         manifest = read_manifest(scores, "score")
         refused = judged((read_data(scores, file) for file in manifest["files"]), config.gates, nearest)
+        refused |= no_pictures(read_data(scores, file) for file in manifest["dead"])
         about = {"config": asdict(config.gates), "index": config.index, "scores": manifest["fingerprint"]}
         kept = MadeSource(config.made, refused=refused, about=about)
         mapping = _writing(config, kept)
@@ -58,7 +63,7 @@ def run(config: DatasetConfig) -> dict[str, Any]:
 
         def finish(report: dict[str, Any]) -> None:
             if folder:
-                _unfold(Store(rows), Store(config.out).path("data"))
+                _unfold(open_store(rows), local_path(config.out) / "data")
             present(config.out, card, rows)
 
         what = {"format": config.format, "out": config.out}

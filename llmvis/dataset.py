@@ -128,7 +128,9 @@ def judged(
 
     Memory: 2 D bytes a row for the embeddings.
     """
-    table = pa.concat_tables(tables).combine_chunks()
+    if not (found := list(tables)):
+        return {}
+    table = pa.concat_tables(found).combine_chunks()
     dim = table.schema.field("embedding").type.list_size
     column = table["embedding"].combine_chunks()
     vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
@@ -148,6 +150,11 @@ def judged(
         for row_id, reason, fit in zip(ids, reasons, fits, strict=True)
         if reason is not None
     }
+
+
+def no_pictures(dead: Iterable[pa.Table]) -> dict[str, tuple[Reason, str]]:
+    """Pass 1's dead letters by id: what cannot be decoded or scored stays out of the set too."""
+    return {row["id"]: (Reason(row["reason"]), row["detail"]) for table in dead for row in table.to_pylist()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from llmvis.schema import FORMAT_VERSION, UserError
-from llmvis.storage import StorageError, Store, sha256_bytes, sha256_file, verify
+from llmvis.storage import NewFile, StorageError, Store, open_store, sha256_bytes
 
 F32 = npt.NDArray[np.float32]
 
@@ -66,10 +66,11 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table], *, add: boo
         StorageError: there is nothing to add to.
     """
     version = 1 + max((int(name[-11:-5]) for name in store.names("manifests")), default=0)
+    before = _in_force(store)
     shards: list[dict[str, Any]] = []
     sources: list[dict[str, Any]] = []
     if add:
-        with open_index(str(store.root), info.model["fingerprint"]) as old:
+        with open_index(store.uri, info.model["fingerprint"]) as old:
             shards, sources = list(old.manifest["shards"]), list(old.sources)
             tables = _without(tables, old.ids())
     if info.source not in sources:
@@ -79,10 +80,13 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table], *, add: boo
         shard = _write_shard(store, name, group, int(info.model["dim"]))
         shards.append({**shard, "source": sources.index(info.source)})
     if add and not any(shard["vectors"]["name"].startswith(f"shards/{version:06}") for shard in shards):
-        return _current(store)  # all of it was there
+        there = _current(store)  # all of it was there; the run that put it there may have been killed then
+        _sweep(store, there)
+        return there
     manifest = {
         "format": FORMAT_VERSION,
         "version": version,
+        "replaces": before,  # not always the number before: a build that was killed has one, too
         "kind": "flat",
         "metric": "inner_product",
         "dtype": "float16",
@@ -95,7 +99,7 @@ def build(store: Store, info: IndexInfo, tables: Iterable[pa.Table], *, add: boo
     data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     store.write(f"manifests/{version:06}.json", data)
     store.write("CURRENT", f"{version:06} {sha256_bytes(data)}\n".encode())
-    _sweep(store, version)
+    _sweep(store, manifest)
     return manifest
 
 
@@ -106,9 +110,16 @@ def _without(tables: Iterable[pa.Table], known: set[str]) -> Iterator[pa.Table]:
         yield table if all(new) else table.filter(pa.array(new, pa.bool_()))
 
 
-def _sweep(store: Store, version: int) -> None:
-    """Removes what versions before the last one left, and builds that failed; open readers keep their files."""
-    manifests = {f"manifests/{v:06}.json" for v in (version - 1, version)} & set(store.names("manifests"))
+def _in_force(store: Store) -> int:
+    """The version that readers open now; 0 where there is none that they can."""
+    match = re.match(rb"(\d{6}) ", store.read("CURRENT")) if store.exists("CURRENT") else None
+    return int(match[1]) if match else 0
+
+
+def _sweep(store: Store, current: dict[str, Any]) -> None:
+    """Removes all but the current version and the one that it replaced: a reader may be opening that one."""
+    versions = (current["version"], current.get("replaces", current["version"] - 1))
+    manifests = {f"manifests/{v:06}.json" for v in versions} & set(store.names("manifests"))
     shards = [shard for name in manifests for shard in store.read_json(name)["shards"]]
     store.sweep("manifests", manifests)
     store.sweep("shards", {shard[part]["name"] for shard in shards for part in ("vectors", "metadata")})
@@ -133,26 +144,22 @@ def _groups(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
 
 def _write_shard(store: Store, name: str, tables: list[pa.Table], dim: int) -> dict[str, Any]:
     rows = sum(t.num_rows for t in tables)
-    with store.create(f"{name}.npy") as file:
+    with store.create(f"{name}.npy") as vectors:
         header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(vectors, header)
         for table in tables:
-            file.write(_vectors(table["embedding"], dim).tobytes())
+            vectors.write(_vectors(table["embedding"], dim).tobytes())
     metadata = pa.concat_tables([t.drop_columns(["embedding"]) for t in tables]).combine_chunks()
-    with store.create(f"{name}.arrow") as file:
-        _write_arrow(file, metadata)
-    parts = {}
-    for ending in ("npy", "arrow"):
-        path = store.path(f"{name}.{ending}")
-        parts[ending] = {
-            "name": f"{name}.{ending}",
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
-    return {"rows": rows, "vectors": parts["npy"], "metadata": parts["arrow"]}
+    with store.create(f"{name}.arrow") as arrow:
+        _write_arrow(arrow, metadata)
+    return {
+        "rows": rows,
+        "vectors": {"name": f"{name}.npy", "bytes": vectors.bytes, "sha256": vectors.sha256},
+        "metadata": {"name": f"{name}.arrow", "bytes": arrow.bytes, "sha256": arrow.sha256},
+    }
 
 
-def _write_arrow(file: BinaryIO, table: pa.Table) -> None:
+def _write_arrow(file: NewFile, table: pa.Table) -> None:
     with pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=table.num_rows)
 
@@ -179,13 +186,28 @@ class FlatIndex:
         self._shards = [self._open(store, shard) for shard in manifest["shards"]]
 
     def _open(self, store: Store, shard: dict[str, Any]) -> tuple[npt.NDArray[np.float16], pa.Table]:
-        for part in ("vectors", "metadata"):
-            verify(store.path(shard[part]["name"]), shard[part]["sha256"])
-        vectors = np.load(store.path(shard["vectors"]["name"]), mmap_mode="r", allow_pickle=False)
-        mapped = self._close.enter_context(pa.memory_map(str(store.path(shard["metadata"]["name"]))))
-        metadata = pa.ipc.open_file(mapped).read_all()
-        if vectors.shape != (shard["rows"], self.dim) or metadata.num_rows != shard["rows"]:
-            raise IndexMismatchError(f"shard {shard['vectors']['name']} is not {shard['rows']} × {self.dim}")
+        """A shard's vectors and metadata; raises `StorageError` where the files are not what the manifest says."""
+        names = {part: shard[part]["name"] for part in ("vectors", "metadata")}
+        paths = {part: store.fetch(name, shard[part]["sha256"]) for part, name in names.items()}
+        try:  # a right hash says who wrote a file, not that it is harmless
+            vectors = np.load(paths["vectors"], mmap_mode="r", allow_pickle=False)
+            mapped = self._close.enter_context(pa.memory_map(str(paths["metadata"])))
+            metadata = pa.ipc.open_file(mapped).read_all()
+            metadata.validate()
+        except (ValueError, OSError) as error:
+            raise StorageError(
+                f"shard {names['vectors']} of {store.uri} cannot be read ({' '.join(str(error).split())[:200]}); "
+                "build the index anew"
+            ) from error
+        if vectors.dtype != np.dtype("<f2") or vectors.shape != (shard["rows"], self.dim):
+            raise IndexMismatchError(
+                f"shard {names['vectors']} is {vectors.dtype} {vectors.shape}, not float16 "
+                f"{(shard['rows'], self.dim)}; build the index anew"
+            )
+        if metadata.num_rows != shard["rows"] or metadata.schema.get_field_index("id") < 0:
+            raise IndexMismatchError(
+                f"{names['metadata']} has not {shard['rows']} rows with an id; build the index anew"
+            )
         return vectors, metadata
 
     def search(self, queries: F32, k: int) -> tuple[F32, npt.NDArray[np.int64]]:
@@ -259,11 +281,11 @@ def open_index(path: str, fingerprint: str | None = None) -> FlatIndex:
     Raises `StorageError` where there is no index or a byte of it is damaged and
     `IndexMismatchError` for another model.
     """
-    store = Store(path)
+    store = open_store(path)
     manifest = _current(store)
     if fingerprint is not None and manifest["model"]["fingerprint"] != fingerprint:
         raise IndexMismatchError(
-            f"{store.root} was made with {manifest['model']['name']} "
+            f"{store.uri} was made with {manifest['model']['name']} "
             f"({manifest['model']['fingerprint'][:12]}…), the query comes from a model with fingerprint "
             f"{fingerprint[:12]}…; search with the same model, or encode anew"
         )
@@ -272,21 +294,53 @@ def open_index(path: str, fingerprint: str | None = None) -> FlatIndex:
 
 def read_info(path: str) -> dict[str, Any]:
     """The manifest of the index at `path`, checked, without opening its vectors."""
-    return _current(Store(path))
+    return _current(open_store(path))
 
 
 def _current(store: Store) -> dict[str, Any]:
     if not store.exists("CURRENT"):
-        raise StorageError(f"{store.root} is no index; make one with python -m jobs.index")
+        raise StorageError(f"{store.uri} is no index; make one with python -m jobs.index")
     match = re.fullmatch(rb"(\d{6}) ([0-9a-f]{64})\n", store.read("CURRENT"))
     if match is None:
-        raise StorageError(f"{store.path('CURRENT')} is damaged; build the index anew")
+        raise StorageError(f"{store.place('CURRENT')} is damaged; build the index anew")
     name = f"manifests/{match[1].decode()}.json"
-    verify(store.path(name), match[2].decode())
+    store.read_checked(name, match[2].decode())
     manifest = store.read_json(name)
     if manifest.get("format") != FORMAT_VERSION or manifest.get("kind") != "flat":
         raise StorageError(
-            f"{store.root} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; "
+            f"{store.uri} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; "
             "this version cannot read it"
         )
+    if problem := _problem(manifest):
+        raise StorageError(f"{store.uri}: {name} is not one of llmvis: {problem}; build the index anew")
     return manifest
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with a manifest, whose hash is right: whoever can write an index can write that too."""
+    model, sources, shards = (manifest.get(key) for key in ("model", "sources", "shards"))
+    if not isinstance(model, dict) or not _whole(model.get("dim"), 1):
+        return "it names no model with a dimension"
+    if not all(isinstance(model.get(key), str) for key in ("name", "fingerprint")):
+        return "its model has no name and fingerprint"
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return "it has no list of sources"
+    if not isinstance(shards, list):
+        return "it has no list of shards"
+    for shard in shards:
+        if not isinstance(shard, dict) or not _whole(shard.get("rows"), 1):
+            return "a shard has no number of rows"
+        if not _whole(shard.get("source"), 0) or shard["source"] >= len(sources):
+            return f"a shard is of source {shard.get('source')!r}"
+        for part, ending in (("vectors", "npy"), ("metadata", "arrow")):
+            file = shard.get(part)
+            if not isinstance(file, dict) or not isinstance(file.get("sha256"), str):
+                return f"a shard has no hash of its {part}"
+            if not re.fullmatch(rf"shards/\d{{6}}-\d{{5}}\.{ending}", str(file.get("name"))):
+                return f"a shard's {part} are said to lie in {file.get('name')!r}"
+    rows = sum(shard["rows"] for shard in shards)
+    return None if manifest.get("rows") == rows else f"it counts {manifest.get('rows')!r} rows for {rows}"
+
+
+def _whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least

@@ -12,7 +12,7 @@ import pytest
 
 from llmvis import index as index_module
 from llmvis.index import SOURCE, FlatIndex, IndexInfo, IndexMismatchError, build, open_index
-from llmvis.storage import StorageError, Store
+from llmvis.storage import LocalStore, StorageError
 
 DIM = 24
 MODEL = {"name": "tiny", "fingerprint": "f" * 64, "dim": DIM, "licence": "none"}
@@ -30,7 +30,7 @@ def table(vectors: np.ndarray, first: int = 0) -> pa.Table:
 
 
 def make(path: Path, *parts: np.ndarray) -> FlatIndex:
-    store = Store(path)
+    store = LocalStore(path)
     starts = np.cumsum([0, *(len(p) for p in parts)])
     with store.lock():
         build(
@@ -85,7 +85,7 @@ def test_another_model_or_dimension_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IndexMismatchError, match="24 dimensions"):
         index.search(np.zeros((1, 8), np.float32), 1)
     with pytest.raises(IndexMismatchError, match="have 8 dimensions"):
-        build(Store(tmp_path / "b"), IndexInfo(model=MODEL, source={}), [table(np.zeros((2, 8)))])
+        build(LocalStore(tmp_path / "b"), IndexInfo(model=MODEL, source={}), [table(np.zeros((2, 8)))])
     with pytest.raises(StorageError, match="is no index"):
         open_index(str(tmp_path / "b"))
 
@@ -142,6 +142,36 @@ def test_only_the_last_two_versions_are_kept(tmp_path: Path) -> None:
     assert {p.name[:6] for p in (tmp_path / "shards").iterdir()} == {"000003", "000004"}
 
 
+def test_the_version_in_force_outlives_a_build_that_was_killed(tmp_path: Path) -> None:
+    make(tmp_path, unit(3)).close()
+    make(tmp_path, unit(4)).close()
+    orphan = (tmp_path / "manifests" / "000002.json").read_bytes()  # as if killed before CURRENT
+    (tmp_path / "manifests" / "000003.json").write_bytes(orphan)
+    make(tmp_path, unit(5)).close()
+    kept = sorted(p.name for p in (tmp_path / "manifests").iterdir())
+    assert kept == ["000002.json", "000004.json"], "a reader may be opening 2"
+    assert {p.name[:6] for p in (tmp_path / "shards").iterdir()} == {"000002", "000004"}
+
+
+def test_an_addition_killed_before_its_sweep_is_swept_up_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rows in (3, 4):
+        make(tmp_path, unit(rows)).close()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def add() -> None:
+        build(LocalStore(tmp_path), IndexInfo(model=MODEL, source={}), [table(unit(9))], add=True)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(index_module, "_sweep", killed)
+        add()
+    add()
+    assert sorted(p.name for p in (tmp_path / "manifests").iterdir()) == ["000002.json", "000003.json"]
+
+
 def test_a_build_that_fails_leaves_the_old_version_in_force(tmp_path: Path) -> None:
     make(tmp_path, unit(5)).close()
 
@@ -150,7 +180,7 @@ def test_a_build_that_fails_leaves_the_old_version_in_force(tmp_path: Path) -> N
         raise OSError("disk on fire")
 
     with pytest.raises(OSError, match="fire"):
-        build(Store(tmp_path), IndexInfo(model=MODEL, source={}), tables())  # type: ignore[arg-type]
+        build(LocalStore(tmp_path), IndexInfo(model=MODEL, source={}), tables())  # type: ignore[arg-type]
     assert open_index(str(tmp_path)).rows == 5
 
 
@@ -159,7 +189,9 @@ def test_added_rows_stand_beside_the_old_ones_and_known_ids_stay_out(tmp_path: P
     make(tmp_path, vectors[:20]).close()
     more = IndexInfo(model=MODEL, source={"kind": "another"})
     for _ in range(2):  # the second time there is nothing new
-        built = build(Store(tmp_path), more, [table(vectors[10:30], 10), table(vectors[30:], 30)], add=True)
+        built = build(
+            LocalStore(tmp_path), more, [table(vectors[10:30], 10), table(vectors[30:], 30)], add=True
+        )
         assert (built["version"], built["rows"], len(built["shards"])) == (2, 40, 2)
     with open_index(str(tmp_path), MODEL["fingerprint"]) as index:
         _, rows = index.search(unit(5, seed=1), 40)
@@ -174,11 +206,14 @@ def test_what_was_there_before_an_addition_stays_open_for_readers(tmp_path: Path
     old = make(tmp_path, vectors[:10])
     for at in (10, 20):
         build(
-            Store(tmp_path), IndexInfo(model=MODEL, source={}), [table(vectors[at : at + 10], at)], add=True
+            LocalStore(tmp_path),
+            IndexInfo(model=MODEL, source={}),
+            [table(vectors[at : at + 10], at)],
+            add=True,
         )
     assert old.search(unit(1, seed=1), 50)[1].shape == (1, 10)
     assert make(tmp_path, vectors[:5]).rows == 5  # a build of its own takes the place of all
-    names = Store(tmp_path).names("shards")
+    names = LocalStore(tmp_path).names("shards")
     assert len(names) == 8, "files of the version before, and of this one"
 
 
@@ -186,6 +221,6 @@ def test_adding_to_another_model_is_refused(tmp_path: Path) -> None:
     make(tmp_path, unit(5))
     other = IndexInfo(model={**MODEL, "fingerprint": "a" * 64}, source={})
     with pytest.raises(IndexMismatchError, match="was made with tiny"):
-        build(Store(tmp_path), other, [table(unit(5))], add=True)
+        build(LocalStore(tmp_path), other, [table(unit(5))], add=True)
     with pytest.raises(StorageError, match="is no index"):
-        build(Store(tmp_path / "none"), other, [table(unit(5))], add=True)
+        build(LocalStore(tmp_path / "none"), other, [table(unit(5))], add=True)

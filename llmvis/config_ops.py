@@ -1,0 +1,106 @@
+"""What the commands that look after folders can be told: inspect, retry, gc. See `config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from llmvis.config import at_least
+from llmvis.retry import PASSING
+from llmvis.schema import Reason, UserError
+
+Folder = Annotated[str, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what lies in a folder: how far a job is, who works on it, its ledger and dead letters; an index's health.
+
+    Takes the --out of every job, an index, or the folder of a loop, and finds out which it is. Looks only, also while
+    a job runs. Exit status 1 where something is damaged; then it says what, and what to do.
+
+    For example:
+
+      llmvis inspect enc/
+
+      llmvis inspect idx/ --verify
+
+      llmvis inspect enc/ --json
+    """
+
+    path: Folder
+    """The folder."""
+    verify: bool = False
+    """Also read every file and compare its sha256."""
+    examples: int = 3
+    """Dead letters to show of each reason."""
+    json: bool = False
+    """Print all of it as JSON."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Put a job's dead letters back to work: what was mended comes in when the job's command is run again.
+
+    Those that were missing, unreadable or changed are tried again; of all others, those whose input differs from what
+    it was: a truncated picture replaced by a whole one. Nothing else is done again, and readers have the last result
+    until the next one is published.
+
+    For example:
+
+      llmvis retry enc/ --dead
+
+      llmvis retry enc/ --dead --reason truncated --reason model_error
+    """
+
+    path: Folder
+    """The --out of a job."""
+    dead: bool = False
+    """Dead letters; so far nothing else can be retried, and it must be said."""
+    reason: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Try these again though their input is as it was, instead of missing, unreadable and changed; may be given several times, also as a,b."""
+
+    def __post_init__(self) -> None:
+        if not self.dead:
+            raise UserError("say what is to be tried again: --dead, the dead letters")
+        if unknown := self.reasons - set(Reason):
+            raise UserError(
+                f"--reason {min(unknown)}: there is no such reason; there are {', '.join(Reason)}"
+            )
+
+    @property
+    def reasons(self) -> frozenset[str]:
+        """What is tried again whether or not its input has changed."""
+        return frozenset(r.strip() for text in self.reason for r in text.split(",")) or frozenset(
+            map(str, PASSING)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcConfig:
+    """Remove what nothing names any more: files of killed writers, results that a retry replaced, old versions of an index.
+
+    Takes a job's --out, an index, or a loop's folder; refuses every other. Waits for nobody: where a job is at work it
+    removes nothing. A reader that has an older version open keeps it; one that opens files of it later finds them gone.
+
+    For example:
+
+      llmvis gc enc/ --dry-run
+
+      llmvis gc idx/ --keep 1
+    """
+
+    path: Folder
+    """The folder."""
+    keep: int = 2
+    """Versions of an index that stay, the current one among them."""
+    dry_run: bool = False
+    """List what would be removed, and stop."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "keep")
