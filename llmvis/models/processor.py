@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llmvis.models.files import open_pretrained
 from llmvis.schema import UserError
 
 _LONGEST = 32
@@ -81,9 +82,14 @@ class ProcessorPreprocess:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "preprocessor_config.json").write_text(json.dumps(self.settings))
             Path(folder, "config.json").write_text(json.dumps({"model_type": self.model_type}))
-            processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                folder, backend="pil", trust_remote_code=False
-            )
+            try:
+                processor = open_pretrained(AutoImageProcessor, Path(folder), backend="pil")
+            except UserError as error:
+                raise EncoderError(
+                    self._refusal(
+                        "transformers has no such class, and llmvis runs no program of a checkpoint's own"
+                    )
+                ) from error
         shapes = set()
         for width, height in ((50, 90), (300, 200)):
             output = processor(

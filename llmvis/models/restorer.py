@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmvis.enhance import TASKS, Task
+from llmvis.models.files import fit_tensors, make_config, read_json, read_tensors
 from llmvis.schema import UserError
 
 MODEL_TYPE = "llmvis-restorer"
@@ -135,15 +136,13 @@ def save_restorer(model: Restorer, folder: Path) -> None:
 def load_restorer(folder: Path | str, device: str = "cpu") -> Restorer:
     """The restorer of a folder, ready to use; raises `UserError` where there is none."""
     path = Path(folder)
-    try:
-        told = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no restorer: {error}") from error
+    told = read_json(path / "config.json", "restorer")
     if told.pop("model_type", None) != MODEL_TYPE or told.pop("tasks", None) != list(TASKS):
         raise UserError(
             f"{path / 'config.json'} is of no restorer for {', '.join(TASKS)}: train one with --stage restore"
         )
-    model = Restorer(RestorerConfig(**told))
-    model.load_state_dict({name: t.float() for name, t in load_file(path / "model.safetensors").items()})
+    model = Restorer(make_config(RestorerConfig, told, path / "config.json"))
+    file = path / "model.safetensors"
+    fit_tensors(model, read_tensors(file), file)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()

@@ -12,11 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from llmvis.models.files import fit_tensors, make_config, open_pretrained, read_json, read_tensors
 from llmvis.models.language import LanguageConfig, LanguageModel
 from llmvis.models.language_model import language_model_folder
 from llmvis.models.load_synthesis import fingerprint_of
@@ -49,11 +50,12 @@ def load_synthesizer(folder: Path | str | None = None, device: str = "cpu") -> S
     if made_for(path / "language") not in (None, encoder_digest(tokenizer)):
         raise UserError(f"{path}: language/ was trained for another tokenizer/: train --stage language again")
     language, words = new_language(config, tokenizer)
-    _load_trained(language, load_file(path / "language" / WEIGHTS), path)
+    _load_trained(language, read_tensors(path / "language" / WEIGHTS), path)
     branch = None
     if (path / "branch" / WEIGHTS).is_file():
         branch = SourceBranch(tokenizer.config, language.width)
-        branch.load_state_dict(_float(load_file(path / "branch" / WEIGHTS)))
+        file = path / "branch" / WEIGHTS
+        fit_tensors(branch, read_tensors(file), file)
     return Synthesizer(tokenizer, language, words, branch, fingerprint_of(path), device)
 
 
@@ -64,12 +66,12 @@ def new_language(config: LanguageConfig, tokenizer: ImageTokenizer) -> tuple[Lan
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of heads that we leave out
     try:
-        transformer: Any = AutoModel.from_pretrained(folder, use_safetensors=True)
+        transformer: Any = open_pretrained(AutoModel, folder, use_safetensors=True)
     finally:
         logging.getLogger("transformers").setLevel(level)
     if getattr(transformer, "pooler", None) is not None:
         transformer.pooler = None  # of the whole sequence: not asked for
-    words = Words(AutoTokenizer.from_pretrained(folder), config.words)
+    words = Words(open_pretrained(AutoTokenizer, folder), config.words)
     quantiser = Quantiser(config.groups, config.levels)
     return LanguageModel(config, transformer, quantiser.entries, words.tokenizer.mask_token_id), words
 
@@ -84,7 +86,7 @@ def save_language(model: LanguageModel, folder: Path, tokenizer: ImageTokenizer)
 
 def made_for(folder: Path) -> str | None:
     """Digest of the encoder whose code words the language model of a folder knows; None where it is not told."""
-    digest = json.loads((folder / CONFIG).read_text()).get("encoder")
+    digest = read_json(folder / CONFIG).get("encoder")
     return None if digest is None else str(digest)
 
 
@@ -107,22 +109,14 @@ def _load_trained(model: LanguageModel, tensors: dict[str, Tensor], path: Path) 
     if tensors.keys() != wanted.keys():
         odd = sorted(tensors.keys() ^ wanted.keys())[:3]
         raise UserError(f"{path / 'language'} does not fit {model.config.language_model}: {', '.join(odd)} …")
-    model.load_state_dict(_float(tensors), strict=False)
-
-
-def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    fit_tensors(model, tensors, path / "language" / WEIGHTS, strict=False)
 
 
 def _read_config(folder: Path) -> LanguageConfig:
-    try:
-        told = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no language model of ours: {error}") from error
+    told = read_json(folder / CONFIG, "language model of ours")
     if told.pop("model_type", None) != MODEL_TYPE:
         raise UserError(
             f"{folder / CONFIG} is not of a language model of ours: train one with --stage language"
         )
     told.pop("encoder", None)  # see `made_for`
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    return LanguageConfig(**values)
+    return make_config(LanguageConfig, told, folder / CONFIG)

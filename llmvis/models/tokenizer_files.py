@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from llmvis.models.files import fit_tensors, make_config, read_json, read_tensors
 from llmvis.models.tokenizer import ImageTokenizer, TokenizerConfig
 from llmvis.schema import UserError
 
@@ -29,18 +29,14 @@ def save_tokenizer(model: ImageTokenizer, folder: Path) -> None:
 def load_tokenizer(folder: Path | str, device: str = "cpu") -> ImageTokenizer:
     """The tokeniser of a folder, ready to use; raises `UserError` where there is none."""
     path = Path(folder)
-    try:
-        told = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no image tokeniser: {error}") from error
+    told = read_json(path / "config.json", "image tokeniser")
     if told.pop("model_type", None) != MODEL_TYPE:
         raise UserError(
             f"{path / 'config.json'} is not of an image tokeniser: train one with --stage tokenize"
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    config = TokenizerConfig(**values)
-    model = ImageTokenizer(config)
-    model.load_state_dict({name: t.float() for name, t in load_file(path / "model.safetensors").items()})
+    model = ImageTokenizer(make_config(TokenizerConfig, told, path / "config.json"))
+    file = path / "model.safetensors"
+    fit_tensors(model, read_tensors(file), file)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
 

@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from llmvis.models.efficientnet import CLASSES, FEATURES, MIDDLE_CHANNELS, EfficientNetLite0
+from llmvis.models.files import fit_tensors, open_pretrained, read_tensors
 from llmvis.models.glossary import Glossary
 from llmvis.models.language_model import language_model_folder
 from llmvis.models.protocols import EncoderInfo
@@ -131,13 +132,14 @@ class TextEncoder:
 
     def __init__(self, folder: Path, max_tokens: int = 128, device: str = "cpu") -> None:
         self._folder, self._max_tokens, self._device = folder, max_tokens, device
-        self.dim = int(AutoConfig.from_pretrained(folder).hidden_size)
+        self.dim = int(open_pretrained(AutoConfig, folder).hidden_size)
         """T, the width of the language model."""
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model = AutoModel.from_pretrained(self._folder, use_safetensors=True)
-        return AutoTokenizer.from_pretrained(self._folder), model.eval().to(self._device)
+        model = open_pretrained(AutoModel, self._folder, use_safetensors=True)
+        tokenizer = open_pretrained(AutoTokenizer, self._folder)
+        return tokenizer, model.eval().to(self._device)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -218,11 +220,7 @@ def load_two_tower(folder: Path | str | None = None, device: str = "cpu") -> Two
     path = default_folder() if folder is None else Path(folder)
     config = read_config(path)
     model = TwoTower(config)
-    tensors = {name: tensor.float() for name, tensor in load_file(path / WEIGHTS).items()}
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path / WEIGHTS} does not fit {path / 'config.json'}: {error}") from error
+    fit_tensors(model, read_tensors(path / WEIGHTS), path / WEIGHTS)
     text_encoder = TextEncoder(language_model_folder(config.language_model), config.max_tokens, device)
     if text_encoder.dim != config.text_dim:
         raise UserError(
@@ -250,7 +248,7 @@ def ensemble_two_towers(folders: Sequence[Path], out: Path) -> None:
     configs = {read_config(folder) for folder in folders}
     if len(configs) != 1:
         raise ValueError("only trainings with equal config.json can be joined")
-    parts = [load_file(folder / WEIGHTS) for folder in folders]
+    parts = [read_tensors(folder / WEIGHTS) for folder in folders]
     tensors = {name: torch.stack([part[name].float() for part in parts]) for name in parts[0]}
     config = configs.pop()
     model = TwoTower(replace(config, hidden=config.hidden * len(parts)))

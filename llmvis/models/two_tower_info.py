@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from llmvis.models.files import make_config, read_json
 from llmvis.models.language_model import PACKAGED, language_model_files, language_model_folder
 from llmvis.models.preprocess import Mode, SquarePreprocess
 from llmvis.models.protocols import EncoderInfo
@@ -70,7 +71,7 @@ def is_two_tower(folder: Path) -> bool:
     config = folder / CONFIG
     if not (config.is_file() and (folder / WEIGHTS).is_file()):
         return False
-    return bool(json.loads(config.read_text()).get("model_type") == MODEL_TYPE)
+    return bool(read_json(config).get("model_type") == MODEL_TYPE)
 
 
 def read_config(folder: Path) -> TwoTowerConfig:
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> TwoTowerConfig:
         raise UserError(
             f"{folder} holds no two-tower encoder: it needs {CONFIG} and {WEIGHTS} from `jobs.train`"
         )
-    return TwoTowerConfig(**json.loads((folder / CONFIG).read_text()))
+    return make_config(TwoTowerConfig, read_json(folder / CONFIG), folder / CONFIG)
 
 
 def describe_two_tower(folder: Path | str | None = None) -> EncoderInfo:

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmvis.align_data import Bank, sample_text
 from llmvis.losses import Gather, alone, info_nce
 from llmvis.metrics import retrieval_scores
+from llmvis.models.files import read_json, read_tensors
 from llmvis.models.two_tower import LearnedPart
 from llmvis.models.two_tower_info import TwoTowerConfig
 from llmvis.schema import UserError
@@ -206,13 +207,21 @@ class Aligner:
         (folder / "state.json").write_text(json.dumps(told, indent=1))
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; raises `ValueError` if it was written with another config."""
-        told: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        if told["config"] != asdict(self.config):
+        """Go on from what `save` wrote; raises `UserError` if that is of another config, or damaged."""
+        told = read_json(folder / "state.json")
+        if told.get("config") != asdict(self.config):
             raise UserError(
-                f"{folder} was trained with {told['config']}, not {asdict(self.config)}: use a new run name"
+                f"{folder} was trained with {told.get('config')}, not {asdict(self.config)}: use a new run name"
             )
-        tensors = load_file(folder / "state.safetensors")
+        tensors = read_tensors(folder / "state.safetensors")
+        try:
+            self._put(tensors, told["progress"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{folder} is no state of such a run ({str(error)[:200]}): give another --out"
+            ) from error
+
+    def _put(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         parts: dict[str, dict[str, Tensor]] = {"learned": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             head, _, rest = name.partition(".")
@@ -228,4 +237,4 @@ class Aligner:
             place, _, kind = name.partition(".")
             state["state"].setdefault(int(place), {})[kind] = tensor
         self.optimizer.load_state_dict(state)
-        self.progress = Progress(**told["progress"])
+        self.progress = Progress(**progress)

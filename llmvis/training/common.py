@@ -21,10 +21,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmvis.models.efficientnet import EfficientNetLite0
+from llmvis.models.files import read_json, read_tensors
 from llmvis.schema import UserError
 from llmvis.training.curves import draw_curves
 
@@ -215,17 +216,26 @@ def usual_modes(folder: Path) -> None:
 
 def load_state(stage: Stage, folder: Path) -> int:
     """Goes on from `save_state`: the number of steps done. Raises `UserError` if the run is another."""
-    told = json.loads((folder / TOLD).read_text())
+    told = read_json(folder / TOLD, "state of a run")
     mine = json.loads(json.dumps(stage.fingerprint()))
-    if told["fingerprint"] != mine:
-        changed = sorted(
-            k for k in mine.keys() | told["fingerprint"].keys() if mine.get(k) != told["fingerprint"].get(k)
+    its, step = told.get("fingerprint"), told.get("step")
+    if not isinstance(its, dict) or not isinstance(step, int):
+        raise UserError(
+            f"{folder / TOLD} is no state of a run of ours: delete {folder}, and the one before counts"
         )
+    if its != mine:
+        changed = sorted(k for k in mine.keys() | its.keys() if mine.get(k) != its.get(k))
         raise UserError(
             f"{folder} is of a run with another {', '.join(changed)}: give the same or another --out"
         )
-    stage.load(load_file(folder / STATE))
-    return int(told["step"])
+    tensors = read_tensors(folder / STATE)
+    try:
+        stage.load(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / STATE} is not of this run ({str(error)[:200]}): delete {folder}, and the one before counts"
+        ) from error
+    return step
 
 
 @dataclass(frozen=True, kw_only=True)
