@@ -1,0 +1,154 @@
+"""The jobs under test, small, with real tiny models: on Ray as a driver of its own, or here and without it.
+
+    python small_jobs.py encode|translate|generate WORK OUT
+
+It knows nothing of faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tiny
+import tiny_synthesis
+
+from jobs import index
+from llmvis.cluster import jobs as engine
+from llmvis.cluster import stages
+from llmvis.cluster.jobs import Mapping, Pool, run_job
+from llmvis.cluster.session import session
+from llmvis.config import IndexConfig
+from llmvis.entry import entry
+from llmvis.export import PICTURES
+from llmvis.generate import LoadGenerator, ReadPrompts
+from llmvis.made import made_schema
+from llmvis.sources import Source, open_reader, open_source
+from llmvis.sources.prompts import PromptSource
+from llmvis.sources.variants import VariantSource
+from llmvis.translate import LoadTranslator, ReadSources
+
+ENGINE_JOBS = ("encode", "translate", "generate")
+INFO = tiny_synthesis.INFO
+ITEMS = {"encode": 97, "translate": 102, "generate": 102}
+"""Of them one is broken (two of generate's a duplicate and an empty prompt); shards are of 8 items."""
+SHARD_ITEMS = 8
+SHARDS = {job: -(-items // SHARD_ITEMS) for job, items in ITEMS.items()}
+
+
+class Words:
+    """A picture of one colour that depends on prompt and seed."""
+
+    info = INFO
+
+    def generate(
+        self, prompts: Sequence[str], *, negatives: Sequence[str | None], seeds: Sequence[int], ids: Sequence[str]
+    ) -> np.ndarray:  # fmt: skip
+        keys = [f"{p}/{s}".encode() for p, s in zip(prompts, seeds, strict=True)]
+        colours = [np.frombuffer(hashlib.sha256(key).digest()[:3], np.uint8) for key in keys]
+        return np.broadcast_to(np.stack(colours)[:, None, None], (len(keys), INFO.side, INFO.side, 3))
+
+
+def prepare_work(work: Path, small: bool = False) -> None:
+    """Inputs of all jobs. small: of two or three shards, for tests that run the job a thousand times."""
+    tiny.pictures(work / "images", 13 if small else 96)
+    (work / "images" / "00000-broken.png").write_bytes(b"no picture")
+    tiny.pictures(work / "few", 16)
+    (work / "few" / "00000-broken.png").write_bytes(b"no picture")
+    prompts = [f"prompt {i}" for i in range(49)]
+    (work / "prompts.csv").write_text("\n".join(["prompt", *prompts, prompts[0], '""']) + "\n")
+
+
+def job_of(job: str, work: Path) -> tuple[Source, Mapping]:
+    """A job on the engine."""
+    if job == "encode":
+        source: Source = open_source(str(work / "images"))
+        return source, tiny.mapping(source)
+    synthesis = {
+        "job": job,
+        "settings": {"model_fingerprint": INFO.fingerprint},
+        "about": {"model": {"name": INFO.name, "fingerprint": INFO.fingerprint}},
+        "schema": made_schema([]),
+        "packing": PICTURES,
+    }
+    if job == "generate":
+        prompts = PromptSource(str(work / "prompts.csv"), seeds=(0, 1))
+        load_words = LoadGenerator(load=Words, info=INFO, cut=False)
+        return prompts, Mapping(prepare=ReadPrompts(), load=load_words, **synthesis)
+    variants = VariantSource(
+        open_source(str(work / "few")), instructions=tiny_synthesis.INSTRUCTIONS, seeds=(0, 1)
+    )
+    read = ReadSources(
+        reader=open_reader(variants.describe()), masks=None, side=INFO.side, whole=False,
+        max_pixels=10**6, max_bytes=10**6,
+    )  # fmt: skip
+    load = LoadTranslator(load=partial(tiny_synthesis.Tint, "", 0), info=INFO, region=None, cut=False)
+    return variants, Mapping(prepare=read, load=load, **synthesis)
+
+
+def run_engine_job(job: str, work: Path, out: Path) -> dict[str, Any]:
+    source, mapping = job_of(job, work)
+    return run_job(mapping, source, str(out), Pool(shard_items=SHARD_ITEMS), quiet=True)
+
+
+def run_index(work: Path, out: Path, add: bool) -> dict[str, Any]:
+    """The index of `<work>/new`; with `add`, as an addition."""
+    return index.run(IndexConfig(embeddings=str(work / "new"), out=str(out), add=add))
+
+
+@contextlib.contextmanager
+def without_ray() -> Iterator[None]:
+    """Inside, the engine's own stages run one after the other, in this process."""
+
+    def run_shards(
+        mapping: Mapping,
+        store: Any,
+        source: Any,
+        plan: Any,
+        pool: Any,
+        todo: list[int],
+        quiet: bool,
+        run: Any,
+    ) -> None:
+        known = {"tally": None, "limit": pool.timeout}
+        actor = stages.ModelActor(mapping.load, **known)
+        for shard in todo:
+            row = actor(
+                stages.prepare_shard({"shard": shard, "run": run}, store.uri, mapping.prepare, **known)
+            )
+            stages.commit_shard(row, store.uri, mapping.schema, mapping.packing, **known)
+
+    def calm(*_: object, **__: object) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(False)
+
+    with contextlib.ExitStack() as stack:
+        for module, name, other in (
+            (engine, "_run_shards", run_shards), (engine, "session", calm), (engine, "observe", mock.Mock()),
+            (stages, "at_work", calm), (stages, "observe", mock.Mock()), (stages, "ray", mock.Mock()),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(module, name, other))
+        yield
+
+
+def run_calmly(job: str, work: Path, out: Path) -> None:
+    """The job with no fault, for what its result is."""
+    shutil.rmtree(out, ignore_errors=True)
+    with without_ray():
+        run_engine_job(job, work, out)
+
+
+def main() -> None:
+    with session(num_cpus=2):
+        run_engine_job(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    entry(main)
