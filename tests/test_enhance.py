@@ -27,7 +27,7 @@ from llmvis.plan import PlanError
 from llmvis.schema import UserError
 from llmvis.sources import open_reader, open_source
 from llmvis.sources.variants import VariantSource
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 from llmvis.translate import ReadSources, Translate
 
 WORDINGS: dict[Task, str] = {
@@ -214,7 +214,7 @@ def test_words_for_a_region_keep_the_rest_and_never_enlarge(tmp_path: Path) -> N
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    store = Store(out)
+    store = LocalStore(out)
     return [
         row for f in read_manifest(store, "translate")["files"] for row in read_data(store, f).to_pylist()
     ]
@@ -255,7 +255,7 @@ def test_a_job_enhances_pictures_in_their_own_size_without_the_synthesis_model(
         assert (row["model"], row["model_fingerprint"]) == (info.name, info.fingerprint)
         task: Task = "denoise" if row["prompt"] == "denoise" else "enlarge"
         np.testing.assert_array_equal(pixels_of(row), restorer.restore(picture, task))
-    manifest = read_manifest(Store(tmp_path / "out"), "translate")
+    manifest = read_manifest(LocalStore(tmp_path / "out"), "translate")
     assert [model["name"] for model in manifest["models"]] == ["llmvis/restorer"]
 
     asked["mask"] = str(tmp_path / "masks")
@@ -269,7 +269,7 @@ def test_a_job_enhances_pictures_in_their_own_size_without_the_synthesis_model(
     np.testing.assert_array_equal(
         made["denoise"][mask > 0], restorer.restore(sources["a.png"], "denoise")[mask > 0]
     )
-    reasons = read_manifest(Store(tmp_path / "masked"), "translate")["ledger"]["dead_by_reason"]
+    reasons = read_manifest(LocalStore(tmp_path / "masked"), "translate")["ledger"]["dead_by_reason"]
     assert reasons == {"missing": 3, "unsuitable": 1}
 
     monkeypatch.setattr(

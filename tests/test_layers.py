@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # from the bottom; a module may import from its own layer and those before it
     {"config", "schema", "storage", "formats", "recipe"},
     {"sources", "data", "images", "plan", "ledger", "losses", "metrics", "summary", "index", "weights"}
+    | {"preflight"}
+    | {"retry", "events", "folders", "inspection", "cleanup"}
     | {"made", "edits", "edit_steps", "edit_words", "enhance", "degrade", "scene"},
     {"models"},
     {"encode", "search", "augment", "align_data", "pictures", "synthesis_data", "training", "presets"}
     | {"evaluation", "evaluation_synthesis", "evaluation_why", "explain", "report", "entry"}
     | {"export", "gates", "card", "config_bulk", "translate", "generate", "dataset", "seeds", "present"}
-    | {"steps", "evaluation_imagine", "evaluation_enhance"},
+    | {"steps", "config_ops", "inspection_view", "evaluation_imagine", "evaluation_enhance"}
+    | {"clip_retrieval"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]

@@ -16,7 +16,7 @@ from llmvis.images import decode
 from llmvis.index import FlatIndex, IndexInfo, build, open_index
 from llmvis.ledger import read_data, read_manifest
 from llmvis.search import Hit, Query, QueryError, pictures, query_vector, search
-from llmvis.storage import Store
+from llmvis.storage import LocalStore
 
 ENCODER = tiny.TinyEncoder()
 
@@ -31,10 +31,10 @@ def index(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> FlatIn
         (root / "images" / f"{name}.txt").write_text(f"all {name}")
     Image.new("RGB", (5, 5), (250, 10, 10)).save(root / "images" / "more" / "nearly red.png")
     tiny.run(str(root / "images"), str(root / "enc"))
-    encoded = Store(root / "enc")
+    encoded = LocalStore(root / "enc")
     manifest = read_manifest(encoded, "encode")
     info = IndexInfo(model=manifest["model"], source=manifest["source"])
-    build(Store(root / "idx"), info, (read_data(encoded, f) for f in manifest["files"]))
+    build(LocalStore(root / "idx"), info, (read_data(encoded, f) for f in manifest["files"]))
     return open_index(str(root / "idx"), tiny.INFO.fingerprint)
 
 
