@@ -112,7 +112,7 @@ def _nearest(config: DatasetConfig, info: EncoderInfo) -> Nearest | None:
     index = open_index(config.index, info.fingerprint)
 
     def nearest(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return index.search(vectors, 1)[0][:, 0]
+        return index.search(vectors, 1, exact=True)[0][:, 0]
 
     return nearest
 

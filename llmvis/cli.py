@@ -21,7 +21,7 @@ from llmvis.config_ops import GcConfig, InspectConfig, RetryConfig
 from llmvis.entry import entry
 from llmvis.events import last_command
 from llmvis.folders import read_job
-from llmvis.index import FlatIndex, open_index, read_info
+from llmvis.index import Index, open_index, read_info
 from llmvis.inspection import inspect_folder
 from llmvis.models.load import load_encoder
 from llmvis.models.load_synthesis import MakeOptions, load_synthesis
@@ -47,7 +47,10 @@ def run_search(config: SearchConfig) -> None:
         imagine_weight=config.imagine_weight,
     )
     imagined = imagine(config.text or "", config.imagine) if config.imagine else []
-    (hits,) = search(index, query_vector(query, encoder, imagined), config.k)
+    (hits,) = search(
+        index, query_vector(query, encoder, imagined), config.k,
+        where=config.where, exact=config.exact, offset=config.offset, distinct=config.distinct,
+    )  # fmt: skip
     if config.json:
         print(
             json.dumps(
@@ -75,7 +78,7 @@ def imagine(text: str, count: int) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in made]
 
 
-def query_result(index: FlatIndex, query: Query, hits: list[Hit]) -> QueryResult:
+def query_result(index: Index, query: Query, hits: list[Hit]) -> QueryResult:
     """A question with its answers and their pictures, as a page wants it."""
     asked = Path(query.image).read_bytes() if query.image else None
     found = pictures(index, hits)

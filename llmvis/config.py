@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -87,6 +87,8 @@ class IndexConfig:
 
       python -m jobs.index --embeddings more/ --out idx/ --add
 
+      python -m jobs.index --embeddings enc/ --out idx/ --memory 8 --recall 0.98 --dry-run
+
       python -m jobs.index --embeddings clip-retrieval/ --model openai/clip-vit-base-patch32 --out idx/
     """
 
@@ -100,13 +102,26 @@ class IndexConfig:
     """For a folder of clip-retrieval: the model that its vectors are of, as `jobs.encode` takes it."""
     image_root: str | None = None
     """For a folder of clip-retrieval: what its image_path starts from, to show pictures (default: the folder itself)."""
+    kind: Literal["auto", "flat", "ivf_sq8", "ivf_rabitq"] = "auto"
+    """flat: exact; ivf_sq8, ivf_rabitq: compressed to a byte or a bit a dimension, the best reranked exactly; auto: by rows and --memory."""
+    memory: float | None = None
+    """GB that searching may keep in memory (default: half of this machine's)."""
+    recall: float = 0.97
+    """Recall@10 against exact search that an approximate index is tuned for; 1: exact. With --add, the index's own stays."""
+    plot: str | None = None
+    """Of an approximate index: draw recall against cost there, as PNG."""
     dry_run: bool = False
     """Print the plan and stop."""
     json: str | None = None
     """Write the report there too, as JSON."""
 
     def __post_init__(self) -> None:
-        check_file(self.json)
+        for file in (self.json, self.plot):
+            check_file(file)
+        if self.memory is not None and not self.memory > 0:
+            raise UserError(f"--memory is {self.memory}; it is a number of GB, more than 0")
+        if not 0 < self.recall <= 1:
+            raise UserError(f"--recall is {self.recall}; it is a share: more than 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,8 @@ class SearchConfig:
       llmvis search --index idx/ "a flower" --not red --not yellow --html page.html
 
       llmvis search --index idx/ --image rose.jpg "on a table" --text-weight 0.5 --json
+
+      llmvis search --index idx/ "a flower" --where "width >= 512" --distinct 0.95 --offset 10
     """
 
     text: Annotated[str | None, tyro.conf.Positional] = None
@@ -138,6 +155,14 @@ class SearchConfig:
     """How much the picture counts, against --text-weight."""
     not_weight: float = 0.5
     """How much each --not text pushes away."""
+    where: str | None = None
+    """Only pictures whose metadata fulfil this: `width >= 512 and "rose" in caption`, `tag in ("a", "b")`, `caption is None`."""
+    exact: bool = False
+    """Compare with every vector, whatever the kind of the index."""
+    offset: int = 0
+    """Pass over so many of the best: `-k 20 --offset 20` is the second page."""
+    distinct: float | None = None
+    """Leave out a picture whose cosine with a better one is this or more, such as 0.95; the next one comes instead."""
     imagine: int = 0
     """Make so many pictures of the text first, and look for them too; off, since it does not help (see the README)."""
     imagine_weight: float = 0.5
@@ -153,7 +178,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "k")
-        at_least(self, 0, "imagine", "imagine_weight")
+        at_least(self, 0, "imagine", "imagine_weight", "offset")
+        if self.distinct is not None and not 0 < self.distinct <= 1:
+            raise UserError(f"--distinct is {self.distinct}; it is a cosine: more than 0, at most 1")
         if self.imagine and not self.text:
             raise UserError("--imagine makes pictures of a text: give one")
         for file in (self.html, self.sheet):

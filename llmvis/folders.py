@@ -231,14 +231,25 @@ def kept_versions(store: Store) -> list[int]:
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"manifests/(\d{6})\.json", name)))
 
 
+def files_of_manifest(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files that a version of an index names, and what it says of each."""
+    files = [file for shard in manifest["shards"] for file in files_of_shard(shard)]
+    files += [manifest["trained"]] if "trained" in manifest else []
+    return {file["name"]: file for file in files}
+
+
+def files_of_shard(shard: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its vectors and metadata, and where it has them its inverted lists."""
+    return [shard[part] for part in ("vectors", "metadata", "lists") if part in shard]
+
+
 def files_of_versions(store: Store, versions: Iterable[int]) -> set[str]:
     """The files that these versions of an index name. Raises `StorageError` where a manifest is damaged."""
-    found = set()
+    found: set[str] = set()
     for version in versions:
         name = f"manifests/{version:06}.json"
         try:
-            shards = store.read_json(name)["shards"]
-            found |= {shard[part]["name"] for shard in shards for part in ("vectors", "metadata")}
+            found |= files_of_manifest(store.read_json(name)).keys()
         except (KeyError, TypeError) as error:
             raise StorageError(
                 f"{store.place(name)} is damaged ({error!r}); build the index again"

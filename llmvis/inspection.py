@@ -21,6 +21,8 @@ from llmvis.folders import (
     Kind,
     Part,
     Problem,
+    files_of_manifest,
+    files_of_shard,
     files_of_versions,
     kept_versions,
     parts_of,
@@ -218,7 +220,7 @@ def _index(store: Store, check_hashes: bool) -> dict[str, Any]:
     again = "build it again with python -m jobs.index"
     try:
         manifest = read_info(store.uri)
-        files = {s[part]["name"]: s[part] for s in manifest["shards"] for part in ("vectors", "metadata")}
+        files = files_of_manifest(manifest)
         rows = sum(shard["rows"] for shard in manifest["shards"])
         versions = kept_versions(store)
         there = store.sizes("shards")
@@ -243,6 +245,8 @@ def _index(store: Store, check_hashes: bool) -> dict[str, Any]:
         "version": manifest["version"],
         "kept": versions,
         "rows": manifest["rows"],
+        "index_kind": manifest["kind"],
+        "tuned": manifest.get("tuned"),
         "model": manifest["model"],
         "sources": [str(source.get("root")) for source in manifest["sources"]],
         "shards": [
@@ -250,7 +254,7 @@ def _index(store: Store, check_hashes: bool) -> dict[str, Any]:
                 "rows": shard["rows"],
                 "files": [
                     {"name": f["name"], "bytes": f["bytes"], "there": there.get(f["name"]) == f["bytes"]}
-                    for f in (shard["vectors"], shard["metadata"])
+                    for f in files_of_shard(shard)
                 ],
             }
             for shard in manifest["shards"]

@@ -85,11 +85,23 @@ def _index_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{part['rows']:,} × {model.get('dim')} in {len(part['shards']):,} shards"),
         ("model", f"{model.get('name')} {str(model.get('fingerprint'))[:12]} ({model.get('licence')})"),
         ("sources", ", ".join(part["sources"])),
+        ("kind", _index_kind(part)),
     ]
     count = sum(len(shard["files"]) for shard in part["shards"])
     there = sum(file["there"] for shard in part["shards"] for file in shard["files"])
     lines.append(("files", f"{there:,} of {count:,} there, {size(part['files']['bytes'])}{_checked(part)}"))
     return lines + _stray(part)
+
+
+def _index_kind(part: dict[str, Any]) -> str:
+    tuned = part["tuned"]
+    if tuned is None:
+        return "exact"
+    return (
+        f"{part['index_kind']}, recall@10 {tuned['recall_at_10']:.3f} of {tuned['target']:g} asked for, on "
+        f"{tuned['queries']:,} {tuned['queries_are']}, by {tuned['nprobe']:,} lists and "
+        f"{tuned['candidates']:,} candidates"
+    )
 
 
 def _checked(part: dict[str, Any]) -> str:

@@ -175,6 +175,35 @@ def sheet(queries: Sequence[QueryResult], path: Path, *, columns: int = 6, cell:
     LocalStore(path.parent).write(path.name, out.getvalue())
 
 
+def draw_recall(tuned: Mapping[str, Any], path: Path) -> None:
+    """Draws what an index was tuned on (`tuned` of its manifest): recall against cost, with its setting, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    curve = tuned["curve"]
+    costs = [100 * point["share_of_exact"] for point in curve]
+    axes.plot(costs, [point["recall"] for point in curve], marker=".", linewidth=1.2)
+    axes.axhline(
+        tuned["target"], linewidth=0.8, linestyle="--", color="grey", label=f"target {tuned['target']:g}"
+    )
+    axes.plot(
+        100 * tuned["share_of_exact"], tuned["recall_at_10"], "o",
+        label=f"{tuned['nprobe']:,} lists, {tuned['candidates']:,} candidates",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes read, % of exact search")
+    axes.set_ylabel("recall@10")
+    axes.set_title(f"{tuned['queries']:,} {tuned['queries_are']}", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    out = BytesIO()
+    canvas.print_figure(out, dpi=110, format="png")
+    LocalStore(path.parent).write(path.name, out.getvalue())
+
+
 def one_line(text: str) -> str:
     """Foreign text for one line of a page: no control characters, no lone surrogates, cut at 300."""
     line = " ".join(text[: 4 * _LONGEST_TEXT].encode("utf-8", "replace").decode().split())

@@ -1,7 +1,7 @@
 """Questions to an index: a text, a picture, both with weights, and things to avoid → hits.
 
 A question becomes one vector, `Σ w·v` over what is wanted less `w·v` over what is not,
-and unit length again; `FlatIndex.search` does the rest. Knows no files but those that
+and unit length again; `Index.search` does the rest. Knows no files but those that
 the index's own reader opens.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from llmvis.images import decode
-from llmvis.index import SOURCE, FlatIndex
+from llmvis.index import SOURCE, Index
 from llmvis.models.protocols import Encoder
 from llmvis.schema import ItemError, UserError
 from llmvis.sources import open_reader
 from llmvis.sources.files import read_file
 
 F32 = npt.NDArray[np.float32]
+
+
+MOST_LOOKED_AT = 10_000
+"""Hits, to find some that are distinct: more near-same pictures than these are one answer."""
 
 
 class QueryError(UserError):
@@ -107,16 +111,53 @@ def _picture(path: str, encoder: Encoder) -> F32:
     return np.asarray(vector, np.float32)
 
 
-def search(index: FlatIndex, vectors: F32, k: int) -> list[list[Hit]]:
-    """For each of `vectors (Q, D)` its k best hits; k asked is k got, if the index has as many."""
-    scores, rows = index.search(vectors, k)
+def search(
+    index: Index, vectors: F32, k: int, *, where: str | None = None, exact: bool = False, offset: int = 0,
+    distinct: float | None = None,
+) -> list[list[Hit]]:  # fmt: skip
+    """For each of `vectors (Q, D)` its k best hits; k asked is k got, if the index has as many.
+
+    Args:
+        where, exact: as `Index.search` takes them.
+        offset: so many of the best are passed over, as the pages before this one.
+        distinct: a hit that has this cosine or more with a better one is left out, and the next one comes
+            instead; `MOST_LOOKED_AT` are looked at.
+
+    Raises as `Index.search` does.
+    """
+    found: Iterable[tuple[F32, npt.NDArray[np.int64]]]
+    if distinct is None:
+        found = zip(*index.search(vectors, offset + k, where=where, exact=exact), strict=True)
+    else:
+        found = [_distinct(index, vector[None], offset + k, distinct, where, exact) for vector in vectors]
     return [
         [
             _hit(rank, float(score), metadata, index.sources)
-            for rank, (score, metadata) in enumerate(zip(s, index.metadata(r), strict=True), 1)
+            for rank, (score, metadata) in enumerate(
+                zip(scores[offset:], index.metadata(rows[offset:]), strict=True), offset + 1
+            )
         ]
-        for s, r in zip(scores, rows, strict=True)
+        for scores, rows in found
     ]
+
+
+def _distinct(
+    index: Index, vector: F32, k: int, most: float, where: str | None, exact: bool
+) -> tuple[F32, npt.NDArray[np.int64]]:
+    """Scores and rows of the k best of which no two have a cosine of `most` or more."""
+    ask = 2 * k
+    while True:
+        (scores,), (rows,) = index.search(vector, min(ask, MOST_LOOKED_AT), where=where, exact=exact)
+        vectors = index.vectors(rows)
+        kept: list[int] = []
+        for place, each in enumerate(vectors):
+            if not kept or float((vectors[kept] @ each).max()) < most:
+                kept.append(place)
+                if len(kept) == k:
+                    break
+        if len(kept) == k or len(rows) < ask:
+            return scores[kept], rows[kept]
+        ask *= 4
 
 
 def _plain(value: Any) -> Any:
@@ -137,7 +178,7 @@ def _hit(rank: int, score: float, row: dict[str, Any], sources: list[dict[str, A
     return Hit(rank=rank, score=round(score, 6), path=path, columns=row, **own)
 
 
-def pictures(index: FlatIndex, hits: list[Hit]) -> list[bytes | None]:
+def pictures(index: Index, hits: list[Hit]) -> list[bytes | None]:
     """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
     found: dict[int, bytes | ItemError] = {}
     for number, source in enumerate(index.sources):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmvis import index as index_module
-from llmvis.index import SOURCE, FlatIndex, IndexInfo, IndexMismatchError, build, open_index
+from llmvis.index import SOURCE, Index, IndexInfo, IndexMismatchError, build, exact, open_index, plan_kind
 from llmvis.storage import LocalStore, StorageError
 
 DIM = 24
@@ -29,7 +30,7 @@ def table(vectors: np.ndarray, first: int = 0) -> pa.Table:
     return pa.table({"id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
 
 
-def make(path: Path, *parts: np.ndarray) -> FlatIndex:
+def make(path: Path, *parts: np.ndarray, shard_rows: int = 10**6) -> Index:
     store = LocalStore(path)
     starts = np.cumsum([0, *(len(p) for p in parts)])
     with store.lock():
@@ -37,6 +38,7 @@ def make(path: Path, *parts: np.ndarray) -> FlatIndex:
             store,
             IndexInfo(model=MODEL, source={}),
             (table(p, s) for p, s in zip(parts, starts, strict=False)),
+            plan=replace(plan_kind("flat", 0, DIM, 1.0), shard_rows=shard_rows),
         )
     return open_index(str(path), MODEL["fingerprint"])
 
@@ -46,14 +48,14 @@ def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
+@pytest.mark.parametrize("count", [1, 12, 13, 90])
 @pytest.mark.parametrize(("shard_rows", "block_rows"), [(10**6, 65_536), (100, 33), (7, 5)])
 def test_answers_are_those_of_a_matrix_product(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int, block_rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int, block_rows: int, count: int
 ) -> None:
-    monkeypatch.setattr(index_module, "SHARD_ROWS", shard_rows)
-    monkeypatch.setattr(index_module, "BLOCK_ROWS", block_rows)
-    vectors, queries = unit(257), unit(9, seed=1)
-    index = make(tmp_path, vectors[:100], vectors[100:101], vectors[101:])
+    monkeypatch.setattr(exact, "BLOCK_ROWS", block_rows)
+    vectors, queries = unit(257), unit(count, seed=1)
+    index = make(tmp_path, vectors[:100], vectors[100:101], vectors[101:], shard_rows=shard_rows)
     scores, rows = index.search(queries, 20)
     np.testing.assert_array_equal(rows, brute_force(vectors, queries, 20))
     assert (np.diff(scores, axis=1) <= 0).all()
@@ -68,8 +70,17 @@ def test_k_asked_is_k_got_up_to_all_there_is(tmp_path: Path) -> None:
         assert all(len(set(r)) == got for r in rows)
 
 
+def test_several_threads_answer_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "BLOCK_ROWS", 3)
+    vectors, queries = unit(257), unit(3, seed=1)
+    with make(tmp_path, vectors, shard_rows=50) as index:
+        for threads in ("1", "3"):
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+            np.testing.assert_array_equal(index.search(queries, 20)[1], brute_force(vectors, queries, 20))
+
+
 def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(exact, "BLOCK_ROWS", 3)
     same = np.repeat(unit(1), 10, axis=0)
     assert make(tmp_path, same).search(unit(1), 4)[1].tolist() == [[0, 1, 2, 3]]
 
@@ -166,7 +177,7 @@ def test_an_addition_killed_before_its_sweep_is_swept_up_by_the_next_one(
         build(LocalStore(tmp_path), IndexInfo(model=MODEL, source={}), [table(unit(9))], add=True)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(index_module, "_sweep", killed)
+        patched.setattr(sys.modules["llmvis.index.build"], "_sweep", killed)
         add()
     add()
     assert sorted(p.name for p in (tmp_path / "manifests").iterdir()) == ["000002.json", "000003.json"]

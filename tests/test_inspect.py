@@ -295,3 +295,20 @@ def test_copied_seeds_are_a_finished_job(made: Path, tmp_path: Path, monkeypatch
     assert clean(str(tmp_path / "seeds")) == []
     with pytest.raises(StorageError, match="no job with a plan"):
         cli.run_retry(RetryConfig(path=str(tmp_path / "seeds"), dead=True))
+
+
+def test_an_index_is_made_of_the_kind_asked_for_with_its_curve(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enc, out, plot = str(made / "loop" / "enc"), str(tmp_path / "idx"), tmp_path / "curve.png"
+    report = index_job.run(IndexConfig(embeddings=enc, out=out, kind="ivf_sq8", plot=str(plot)))
+    assert report["kind"] == "ivf_sq8" and plot.read_bytes().startswith(b"\x89PNG")
+    assert report["tuned"]["queries_are"] == "pictures, a proxy", "no model of that name is here"
+    assert "recall@10 1.000" in capsys.readouterr().out
+    cli.run_inspect(InspectConfig(path=out, verify=True))
+    assert "ivf_sq8, recall@10 1.000 of 0.97 asked for" in capsys.readouterr().out
+    assert index_job.run(IndexConfig(embeddings=enc, out=out, add=True))["already_there"] == 19
+    with pytest.raises(ValueError, match="keeps its kind"):
+        index_job.run(IndexConfig(embeddings=enc, out=out, add=True, kind="flat"))
+    assert index_job.run(IndexConfig(embeddings=enc, out=out, kind="ivf_rabitq", dry_run=True)) == {}
+    assert "1 lists, recall 0.97: asked for" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from llmvis.images import decode
-from llmvis.index import FlatIndex, IndexInfo, build, open_index
+from llmvis.index import Index, IndexInfo, build, open_index
 from llmvis.ledger import read_data, read_manifest
 from llmvis.search import Hit, Query, QueryError, pictures, query_vector, search
 from llmvis.storage import LocalStore
@@ -22,7 +22,7 @@ ENCODER = tiny.TinyEncoder()
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> FlatIndex:
+def index(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Index:
     """Plain pictures of five colours, encoded and indexed by the real jobs."""
     root = tmp_path_factory.mktemp("colours")
     (root / "images" / "more").mkdir(parents=True)
@@ -38,12 +38,12 @@ def index(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> FlatIn
     return open_index(str(root / "idx"), tiny.INFO.fingerprint)
 
 
-def ask(index: FlatIndex, k: int = 6, **query: Any) -> list[str]:
+def ask(index: Index, k: int = 6, **query: Any) -> list[str]:
     (hits,) = search(index, query_vector(Query(**query), ENCODER), k)
     return [Path(hit.path).stem for hit in hits]
 
 
-def test_a_text_finds_its_picture_and_hits_say_all_about_it(index: FlatIndex) -> None:
+def test_a_text_finds_its_picture_and_hits_say_all_about_it(index: Index) -> None:
     (hits,) = search(index, query_vector(Query(text="something red"), ENCODER), 3)
     assert [h.rank for h in hits] == [1, 2, 3]
     assert Path(hits[0].path).is_file()
@@ -55,25 +55,25 @@ def test_a_text_finds_its_picture_and_hits_say_all_about_it(index: FlatIndex) ->
     assert data is not None and decode(data).image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_picture_finds_itself(index: FlatIndex) -> None:
+def test_a_picture_finds_itself(index: Index) -> None:
     blue = search(index, query_vector(Query(text="blue"), ENCODER), 1)[0][0].path
     assert ask(index, k=1, image=blue) == ["blue"]
 
 
-def test_weights_move_the_answer_from_the_text_to_the_picture(index: FlatIndex) -> None:
+def test_weights_move_the_answer_from_the_text_to_the_picture(index: Index) -> None:
     blue = search(index, query_vector(Query(text="blue"), ENCODER), 1)[0][0].path
     assert ask(index, k=1, text="red", image=blue, text_weight=3) == ["red"]
     assert ask(index, k=1, text="red", image=blue, image_weight=3) == ["blue"]
 
 
-def test_what_is_to_be_avoided_moves_back(index: FlatIndex) -> None:
+def test_what_is_to_be_avoided_moves_back(index: Index) -> None:
     assert ask(index, text="white red", k=2, avoid=("red",), avoid_weight=1.5)[0] not in ("red", "nearly red")
     kept = ask(index, text="white")
     moved = ask(index, text="white", avoid=("red",))
     assert moved.index("nearly red") > kept.index("nearly red")
 
 
-def test_questions_without_an_answer_are_refused_with_words(index: FlatIndex, tmp_path: Path) -> None:
+def test_questions_without_an_answer_are_refused_with_words(index: Index, tmp_path: Path) -> None:
     with pytest.raises(QueryError, match="nothing to search for"):
         ask(index)
     with pytest.raises(QueryError, match="cancel out"):

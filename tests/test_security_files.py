@@ -20,7 +20,7 @@ import tiny_synthesis
 import torch
 from safetensors.torch import save_file
 
-from llmvis.index import FlatIndex, IndexInfo, build, open_index
+from llmvis.index import Index, IndexInfo, build, open_index
 from llmvis.models.language_model import language_model_folder
 from llmvis.models.load import load_encoder
 from llmvis.models.load_restorer import load_picture_restorer
@@ -78,7 +78,7 @@ def test_two_hundred_flipped_bits_are_all_refused(index: Path, tmp_path: Path) -
     open_index(str(index), MODEL["fingerprint"]).close()  # undamaged, it opens
 
 
-def signed(index: Path, bad: Path, change: Callable[[dict[str, Any], Path], None]) -> FlatIndex:
+def signed(index: Path, bad: Path, change: Callable[[dict[str, Any], Path], None]) -> Index:
     """Opens a copy that whoever can write an index has changed, and given right hashes."""
     shutil.copytree(index, bad)
     file = in_force(bad)[0]
