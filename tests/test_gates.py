@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from llmvis import gates
 from llmvis.data import load_emoji
+from llmvis.dataset import judged, no_pictures
 from llmvis.gates import (
     GateConfig,
     GateRows,
@@ -27,7 +29,8 @@ from llmvis.gates import (
     scores,
 )
 from llmvis.images import decode
-from llmvis.schema import Reason, UserError
+from llmvis.ledger import dead_row
+from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
 from tests.catalogue import encoded, gradient16, photo
 
 # one picture
@@ -412,3 +415,10 @@ def test_counts_and_lines_add_up_with_what_stays() -> None:
         ("blank", "more than one colour", 0),
         ("duplicate_picture", "pixels unlike any earlier picture's", 0),
     ]
+
+
+def test_what_could_not_be_scored_stays_out_of_the_set() -> None:
+    letter = dead_row("a", "a.png", "decode", ItemError(Reason.CORRUPT, "no pixels"))
+    refused = no_pictures([pa.Table.from_pylist([letter], DEAD_LETTER)])
+    assert refused == {"a": (Reason.CORRUPT, "no pixels")}
+    assert judged([], GateConfig()) == {}
