@@ -47,7 +47,6 @@ def run(config: IndexConfig) -> dict[str, Any]:
     begun = time.perf_counter()
     out = open_store(config.out)
     with out.lock():
-        out.clear_unfinished()
         refuse_foreign(out, {"CURRENT", "manifests", "shards"})
         before = read_info(config.out)["rows"] if config.add else None
         built = build(

@@ -30,7 +30,7 @@ from llmvis.folders import (
 )
 from llmvis.index import read_info
 from llmvis.schema import printable
-from llmvis.storage import StorageError, Store, sha256_bytes
+from llmvis.storage import StorageError, Store
 from llmvis.summary import STAGES
 
 _WHAT_TO_DO: dict[Kind, Problem] = {
@@ -207,7 +207,7 @@ def _hashes(store: Store, files: dict[str, dict[str, Any]], there: dict[str, int
     found = []
     with tqdm(total=sum(f["bytes"] for f in whole.values()), unit="B", unit_scale=True, delay=3) as bar:
         for name, file in whole.items():
-            if sha256_bytes(store.read(name)) != file["sha256"]:
+            if store.sha256(name) != file["sha256"]:
                 found.append(
                     Problem(what=f"{name} is damaged: its sha256 differs", do=f"delete it, then {AGAIN}")
                 )

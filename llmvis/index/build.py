@@ -57,7 +57,7 @@ def build(
     """
     plan = plan or plan_kind("flat", 0, int(info.model["dim"]), 1.0)
     store.clear_unfinished()  # of a build that was killed: may be gigabytes
-    version = 1 + max((int(name[-11:-5]) for name in store.names("manifests")), default=0)
+    version = 1 + max(kept_versions(store), default=0)
     in_force = _in_force(store)
     old: dict[str, Any] | None = None
     if add:

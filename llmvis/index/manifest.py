@@ -55,8 +55,7 @@ def read_current(store: Store) -> dict[str, Any]:
     if match is None:
         raise StorageError(f"{store.place('CURRENT')} is damaged; build the index anew")
     name = f"manifests/{match[1].decode()}.json"
-    store.read_checked(name, match[2].decode())
-    manifest = store.read_json(name)
+    manifest = store.parse_object(name, store.read_checked(name, match[2].decode()))
     if manifest.get("format") != FORMAT_VERSION or manifest.get("kind") not in KINDS:
         raise StorageError(
             f"{store.uri} has format {manifest.get('format')}, kind {manifest.get('kind')!r}; "

@@ -29,7 +29,7 @@ from llmvis.sources.files import (
     outside,
     whole,
 )
-from llmvis.storage.s3_client import retrying
+from llmvis.storage.s3_client import read_part, retrying
 
 OutT = TypeVar("OutT")
 
@@ -128,7 +128,7 @@ class ArrowFiles:
 
         def get() -> bytes:
             with self._fs.open_input_file(self._at(name)) as file:
-                return _range(file, 0, file.size() if head < 0 else head)
+                return read_part(file, 0, file.size() if head < 0 else head)
 
         return self._ask(get, name)
 
@@ -144,7 +144,7 @@ class ArrowFiles:
 
         def one(place: tuple[int, int]) -> bytes | ItemError:
             try:
-                return whole(self._ask(lambda: _range(native, *place), name), place[1])
+                return whole(self._ask(lambda: read_part(native, *place), name), place[1])
             except ItemError as error:
                 return error
 
@@ -191,7 +191,7 @@ class _Raw(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = min(len(buffer), max(0, self._size - self._at))
-        data = self._ask(lambda: _range(self._native, self._at, size)) if size else b""
+        data = self._ask(lambda: read_part(self._native, self._at, size)) if size else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -199,12 +199,3 @@ class _Raw(io.RawIOBase):
     def close(self) -> None:
         self._native.close()
         super().close()
-
-
-def _range(file: Any, start: int, size: int) -> bytes:
-    """`size` bytes from `start`, fewer only where the object ends. A body that was cut short is a fault that passes."""
-    want = max(0, min(size, file.size() - start))
-    data = bytes(file.read_at(want, start))
-    if len(data) < want:
-        raise ConnectionError(f"{len(data)} bytes of {want} came")
-    return data

@@ -23,6 +23,7 @@ from llmvis.schema import UserError
 T = TypeVar("T")
 
 LOCK = ".lock"
+HASH_BYTES = 16 * 2**20
 
 
 class StorageError(UserError):
@@ -155,12 +156,13 @@ class Store(ABC):
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object. Raises `StorageError` where the file holds anything else."""
-        return self._object(name, self.read(name))
+        return self.parse_object(name, self.read(name))
 
     def read_all_json(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        return [self._object(*pair) for pair in zip(names, self.read_all(names), strict=True)]
+        return [self.parse_object(*pair) for pair in zip(names, self.read_all(names), strict=True)]
 
-    def _object(self, name: str, data: bytes) -> dict[str, Any]:
+    def parse_object(self, name: str, data: bytes) -> dict[str, Any]:
+        """The JSON object that `data` of file `name` is. Raises `StorageError` where it is none."""
         try:
             value = json.loads(data)
         except ValueError as error:
@@ -248,6 +250,14 @@ class Store(ABC):
     @abstractmethod
     def owner(self) -> Owner | None:
         """Who holds the lock; None where nobody does, or a process of this machine that is gone. Only looks."""
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file, which is not held whole."""
+        found, start = hashlib.sha256(), 0
+        while data := self.read_range(name, start, HASH_BYTES):
+            found.update(data)
+            start += len(data)
+        return found.hexdigest()
 
     def check(self, name: str, sha256: str, data: bytes) -> bytes:
         """`data` of file `name`. Raises `StorageError` unless it has this sha256."""

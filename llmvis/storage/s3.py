@@ -28,6 +28,7 @@ from llmvis.storage.s3_client import (
     arrow_filesystem,
     boto_client,
     place,
+    read_part,
     retrying,
     service,
 )
@@ -75,12 +76,7 @@ class S3Store(Store):
 
     def _read(self, name: str, start: int, length: int | None) -> bytes:
         with self._fs.open_input_file(self._path(name)) as file:
-            size = file.size()
-            want = max(0, size - start if length is None else min(length, size - start))
-            data: bytes = file.read_at(want, start)
-        if len(data) != want:
-            raise CutShortError(f"{self.place(name)}: {len(data)} bytes of {want}")
-        return data
+            return read_part(file, start, file.size() if length is None else length)
 
     def open(self, name: str) -> AbstractContextManager[pa.NativeFile]:
         file: AbstractContextManager[pa.NativeFile] = self._fs.open_input_file(self._path(name))

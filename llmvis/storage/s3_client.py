@@ -164,6 +164,18 @@ def filesystem(uri: str) -> tuple[fs.S3FileSystem, str]:
     return arrow_filesystem(*service()), f"{bucket}/{prefix}".rstrip("/")
 
 
+def read_part(file: Any, start: int, length: int) -> bytes:
+    """`length` bytes from `start` of an open Arrow file, fewer only where the object ends.
+
+    Raises `CutShortError`, which passes, where a body came that was cut short.
+    """
+    want = max(0, min(length, file.size() - start))
+    data = bytes(file.read_at(want, start))
+    if len(data) < want:
+        raise CutShortError(f"{len(data)} bytes of {want} came")
+    return data
+
+
 def forget() -> None:
     """Lets go of clients, which keep the credentials of their first use."""
     arrow_filesystem.cache_clear()
