@@ -153,11 +153,17 @@ def test_a_worker_that_was_there_for_the_whole_limit_has_hung_and_is_believed_at
     assert tally.begin("model", 0) == Manner.CAREFUL
 
 
+def test_a_call_that_ray_repeats_counts_once() -> None:
+    tally = Tally(60)
+    assert {tally.begin("model", 7, "a") for _ in range(9)} == {Manner.WHOLE}
+    assert [tally.begin("model", 7, call) for call in "bcc"] == [Manner.WHOLE, *[Manner.CAREFUL] * 2]
+
+
 def test_deaths_are_remembered_when_the_tally_dies_with_them(ray_cluster: None) -> None:
     with started_tally(60) as tally:
-        manners = [ray.get(tally.begin.remote("model", 7)) for _ in range(2)]
-        ray.kill(tally, no_restart=False)
-        manners += [ray.get(tally.begin.remote("model", 7)) for _ in range(4)]
+        manners = [ray.get(tally.begin.remote("model", 7, f"{i}")) for i in range(2)]
+        ray.kill(tally, no_restart=False)  # may be while it answers the next call, which then comes twice
+        manners += [ray.get(tally.begin.remote("model", 7, f"{i}")) for i in range(2, 6)]
     assert manners == [Manner.WHOLE] * 2 + [Manner.CAREFUL] * 3 + [Manner.NOT]
 
 

@@ -65,6 +65,8 @@ class _Count:
     done: int = 0
     last: float = 0.0
     until: float = 0.0
+    call: str = ""
+    manner: Manner = Manner.WHOLE
 
 
 class Tally:
@@ -74,14 +76,21 @@ class Tally:
         self._limit = limit
         self._counts: dict[tuple[str, Hashable], _Count] = {}
 
-    def begin(self, stage: str, what: Hashable) -> Manner:
+    def begin(self, stage: str, what: Hashable, call: str = "") -> Manner:
         """Counts one more beginning; says how to go about it.
 
         A worker that was there for `limit` seconds and then was not has hung: that is sure at
-        once, and need not be waited for twice.
+        once, and need not be waited for twice. Two with the same `call` are one: Ray calls again
+        where the answer to the first was lost.
         """
-        now = time.monotonic()
         count = self._counts.setdefault((stage, what), _Count())
+        if not call or call != count.call:
+            count.manner = self._next(count, stage)
+            count.call = call
+        return count.manner
+
+    def _next(self, count: _Count, stage: str) -> Manner:
+        now = time.monotonic()
         died = count.begun - count.done
         hung = died > 0 and now - count.last >= self._limit
         count.begun += 1
@@ -117,9 +126,9 @@ class KeptTally(Tally):
         self._key = key
         self._counts = pickle.loads(_internal_kv_get(key) or pickle.dumps({}))  # noqa: S301 - written below
 
-    def begin(self, stage: str, what: Hashable) -> Manner:
+    def begin(self, stage: str, what: Hashable, call: str = "") -> Manner:
         """As a `Tally`; what died before is kept before it is begun again."""
-        manner = super().begin(stage, what)
+        manner = super().begin(stage, what, call)
         deadly = {key: count for key, count in self._counts.items() if count.begun - count.done > 1}
         if (stage, what) in deadly:
             _internal_kv_put(self._key, pickle.dumps(deadly), overwrite=True)
@@ -149,7 +158,7 @@ def at_work(tally: Any, stage: str, what: Hashable, limit: float, *, by_item: bo
     lets no Python run: Ray then tries again. Raises `JobError` for what has been tried often
     enough.
     """
-    manner = ray.get(tally.begin.remote(stage, what))
+    manner = ray.get(tally.begin.remote(stage, what, uuid.uuid4().hex))
     if manner == Manner.NOT:
         raise JobError(_gave_up(stage, what))
     careful = by_item and manner == Manner.CAREFUL
