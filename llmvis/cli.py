@@ -1,4 +1,4 @@
-"""`llmvis search | export-clip | inspect | retry | gc | demo`: the commands that people type."""
+"""`llmvis search | filter | delete | export-clip | inspect | retry | gc | demo`: the commands that people type."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -16,20 +18,21 @@ from rich.text import Text
 from llmvis import inspection_view
 from llmvis.cleanup import clean
 from llmvis.clip_retrieval import export
-from llmvis.config import DemoConfig, ExportClipConfig, SearchConfig, parse
-from llmvis.config_ops import GcConfig, InspectConfig, RetryConfig
+from llmvis.config import DemoConfig, ExportClipConfig, FilterConfig, SearchConfig, parse
+from llmvis.config_ops import DeleteConfig, GcConfig, InspectConfig, RetryConfig
 from llmvis.entry import entry
 from llmvis.events import last_command
+from llmvis.filtered import copy_pictures, refuse_taken
 from llmvis.folders import read_job
-from llmvis.index import Index, open_index, read_info
+from llmvis.index import Deletion, Index, advice, delete, open_index, read_info
 from llmvis.inspection import inspect_folder
 from llmvis.models.load import load_encoder
 from llmvis.models.load_synthesis import MakeOptions, load_synthesis
 from llmvis.report import QueryResult, gallery, sheet
 from llmvis.retry import release
-from llmvis.schema import printable
+from llmvis.schema import UserError, printable
 from llmvis.search import Hit, Query, pictures, query_vector, search
-from llmvis.storage import StorageError, rows_of_job
+from llmvis.storage import StorageError, is_remote, local_path, open_store, rows_of_job
 from llmvis.summary import size
 
 
@@ -108,6 +111,27 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
 
 
+def run_filter(config: FilterConfig) -> None:
+    refuse_taken(config.out)
+    info = read_info(config.index)
+    encoder = load_encoder(config.model or info["model"]["name"])
+    with open_index(config.index, encoder.info.fingerprint) as index:
+        query = Query(text=config.text, image=config.image, avoid=config.not_)
+        (found,) = search(
+            index, query_vector(query, encoder), config.most, where=config.where, distinct=config.distinct
+        )
+        hits = [hit for hit in found if config.min_score is None or hit.score >= config.min_score]
+        if not hits:
+            best = f": the best has {found[0].score:.3f}" if found else ""
+            raise UserError(f"no picture of {index.rows:,} is to be copied{best}; ask for less")
+        scores = f"scores {hits[0].score:.3f} to {hits[-1].score:.3f}"
+        print(f"filter plan: {len(hits):,} of {index.rows:,} pictures, {scores} → {config.out}", flush=True)
+        lost = copy_pictures(index.sources, hits, config.out)
+    print(f"filter: {len(hits) - sum(lost.values()):,} pictures in {config.out}")
+    for why, count in sorted(lost.items()):
+        print(f"{count:>8,} {why}")
+
+
 def run_export_clip(config: ExportClipConfig) -> None:
     done = export(config.embeddings, config.out)
     print(f"export-clip: {done['rows']:,} vectors × {done['dim']} in {config.out}, parts: {done['parts']}")
@@ -117,6 +141,57 @@ def run_demo(config: DemoConfig) -> None:
     from llmvis import demo  # brings Ray, which a search does without
 
     demo.run_demo(config)
+
+
+def run_delete(config: DeleteConfig) -> None:
+    ids = None if config.ids is None else read_ids(config.ids)
+    store = open_store(config.index)
+    if config.dry_run:
+        done = delete(store, ids=ids, where=config.where, dry_run=True)
+    else:
+        read_info(config.index)  # before a lock makes a folder of that name
+        with store.lock():
+            done = delete(store, ids=ids, where=config.where)
+    if config.json:
+        report = {
+            "version": done.manifest["version"], "asked": done.asked, "not_found": done.not_found,
+            "deleted": done.deleted, "rows": done.rows, "dead": done.dead, "dry_run": config.dry_run,
+        }  # fmt: skip
+        print(json.dumps(report, indent=1))
+    else:
+        print(*_delete_lines(done, config), sep="\n")
+
+
+def _delete_lines(done: Deletion, config: DeleteConfig) -> list[str]:
+    asked = "" if done.asked is None else f" by {done.asked:,} ids, of which {done.not_found:,} are not there"
+    verb = "would be deleted" if config.dry_run else "deleted"
+    version = "" if config.dry_run else f" (version {done.manifest['version']})"
+    lines = [f"{done.deleted:,} {verb}{asked}; {done.rows:,} stay{version}"]
+    if config.dry_run:
+        lines += [printable(f"  {row['id']}  {row.get('path') or ''}") for row in done.examples]
+        if (more := done.deleted - len(done.examples)) > 0:
+            lines.append(f"  … and {more:,} more")
+    else:
+        lines += [f"advice: {line}" for line in advice(done.manifest, config.index)]
+    return lines
+
+
+def read_ids(file: str) -> pa.Array:
+    """The ids in a text with one a line, or in the column `id` of a Parquet file, here or on S3. Raises `UserError`."""
+    folder, _, name = file.rpartition("/")
+    try:
+        data = open_store(folder).read(name) if is_remote(file) else local_path(file).read_bytes()
+        if data.startswith(b"PAR1"):
+            column = pq.read_table(pa.BufferReader(data), columns=["id"])["id"]
+            return column.cast(pa.string()).combine_chunks()
+        lines = (line.strip() for line in data.decode().splitlines())
+        return pa.array([line for line in lines if line], pa.string())
+    except OSError as error:
+        raise UserError(f"--ids {file} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--ids {file} is neither a text with one id a line nor Parquet with a column `id`: {error}"
+        ) from error
 
 
 def run_inspect(config: InspectConfig) -> None:
@@ -163,11 +238,13 @@ def run_gc(config: GcConfig) -> None:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None], str]] = {
     "search": (SearchConfig, run_search, "find pictures by text, by picture, or both"),
+    "filter": (FilterConfig, run_filter, "copy the pictures that answer a question, as an imagefolder"),
     "inspect": (
         InspectConfig,
         run_inspect,
         "how far a job is, its ledger and dead letters; an index's health",
     ),
+    "delete": (DeleteConfig, run_delete, "take pictures out of an index"),
     "retry": (RetryConfig, run_retry, "put a job's dead letters back to work"),
     "gc": (GcConfig, run_gc, "remove what no manifest names any more"),
     "export-clip": (ExportClipConfig, run_export_clip, "write embeddings in the layout of clip-retrieval"),

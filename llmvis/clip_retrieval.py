@@ -9,16 +9,16 @@ no model and no index.
 
 from __future__ import annotations
 
+import io
 import posixpath
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -108,10 +108,7 @@ def is_clip_folder(folder: str) -> bool:
 
 
 class ClipFolder:
-    """Vectors and metadata of clip-retrieval's layout, as `index.build` takes them.
-
-    Vectors of any length are made unit length; those that cannot be are left out. `ledger` counts both
-    once `tables` is at its end: input = indexed + not_finite + zero.
+    """Vectors and metadata of clip-retrieval's layout, as `index.build` takes them. Picklable.
 
     Args:
         image_root: what relative paths of pictures start from, and none may leave.
@@ -131,9 +128,7 @@ class ClipFolder:
             if not self._files.exists(name):
                 raise SourceError(f"{self._files.root}/{shown(name)} is not there, and its vectors are")
         self._tables = Tables(self._files, metadata, SourceOptions(image_column="image_path"))
-        counts = [self._count(index) for index in range(len(numbers))]
-        self.rows = sum(counts)
-        self.ledger: Counter[str] = Counter()
+        self._counts = [self._count(index) for index in range(len(numbers))]
         root = open_files(image_root).root if image_root else self._files.root
         self.source = {
             "kind": "parquet", "root": self._files.root, "image_root": root, "shown_root": "",
@@ -160,39 +155,33 @@ class ClipFolder:
             where = f"{self._files.root}/{shown(self._vectors[index])}"
             raise SourceError(f"{where} cannot be read: {error.detail}") from error
 
-    def tables(self) -> Iterator[pa.Table]:
-        """Rows with `embedding` (`fixed_size_list<float16>[D]`) and what a search shows of a hit."""
-        self.ledger.clear()
-        for index, name in enumerate(self._vectors):
-            where = f"{self._files.root}/{shown(name)}"
-            with self._open(index) as file:
-                _, kind = _header(file, where, self._dim)
-                row = 0
-                for _, _, batch in self._tables.batches(index, BLOCK_ROWS):
-                    data = file.read(batch.num_rows * self._dim * kind.itemsize)
-                    if len(data) < batch.num_rows * self._dim * kind.itemsize:
-                        raise SourceError(f"{where} is cut off; copy it again")
-                    vectors = np.frombuffer(data, kind).reshape(-1, self._dim).astype(np.float32)
-                    unit, good = self._unit(vectors)
-                    table = self._rows(batch, index, row).filter(pa.array(good))
-                    flat = pa.array(unit[good].astype(np.float16).reshape(-1))
-                    column = pa.FixedSizeListArray.from_arrays(flat, self._dim)
-                    yield table.append_column("embedding", column)
-                    row += batch.num_rows
+    def parts(self) -> list[ClipPart]:
+        """What there is to index."""
+        return [ClipPart(folder=self, index=index) for index in range(len(self._vectors))]
 
-    def _unit(
-        self, vectors: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Vectors `(N, D)` of unit length, and which `(N,)` of them could be made so."""
-        finite = np.asarray(np.isfinite(vectors).all(axis=1))
-        length = np.linalg.norm(np.where(finite[:, None], vectors, 0).astype(np.float64), axis=1)
-        good = np.asarray(finite & (length > 0))
-        off = good & (np.abs(length - 1) > 0.01)  # more than what fp16 rounds
-        self.ledger.update(
-            input=len(vectors), indexed=int(good.sum()), not_finite=int((~finite).sum()),
-            zero=int((finite & ~good).sum()), made_unit_length=int(off.sum()),
-        )  # fmt: skip
-        return (vectors / np.where(good, length, 1)[:, None]).astype(np.float32), good
+    def read(self, index: int, start: int, stop: int) -> Iterator[pa.Table]:
+        """Rows of a part with `embedding`, as the file has it, and what a search shows of a hit."""
+        where = f"{self._files.root}/{shown(self._vectors[index])}"
+        with self._open(index) as file:
+            _, kind = _header(file, where, self._dim)
+            width = self._dim * kind.itemsize
+            file.seek(start * width, io.SEEK_CUR)
+            row = 0
+            for _, _, batch in self._tables.batches(index, BLOCK_ROWS):
+                first, row = row, row + batch.num_rows
+                some = batch.slice(max(0, start - first), max(0, min(row, stop) - max(first, start)))
+                if some.num_rows == 0:
+                    continue
+                data = file.read(some.num_rows * width)
+                if len(data) < some.num_rows * width:
+                    raise SourceError(f"{where} is cut off; copy it again")
+                flat = pa.array(np.frombuffer(data, kind.newbyteorder("=")))
+                column = pa.FixedSizeListArray.from_arrays(flat, self._dim)
+                yield self._rows(some, index, max(first, start)).append_column("embedding", column)
+
+    def count(self, index: int) -> int:
+        """Rows of a part."""
+        return self._counts[index]
 
     def _rows(self, batch: pa.RecordBatch, index: int, row: int) -> pa.Table:
         paths = [path or "" for path in batch["image_path"].to_pylist()]
@@ -216,6 +205,27 @@ class ClipFolder:
             **{side: pa.array([size or 0 for size in sizes[side]], pa.int32()) for side in sizes},
         }
         return pa.table({**columns, **dict(zip(user.column_names, user.columns, strict=True))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPart:
+    """One pair of files."""
+
+    folder: ClipFolder
+    index: int
+    key: str = ""  # their hashes are nobody's, so what was made of them before is made again
+
+    @property
+    def rows(self) -> int:
+        return self.folder.count(self.index)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return self.folder.source
+
+    def read(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """As `ClipFolder.read`."""
+        return self.folder.read(self.index, start, stop)
 
 
 def _header(file: BinaryIO, where: str, dim: int) -> tuple[int, np.dtype[Any]]:

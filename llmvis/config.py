@@ -79,7 +79,10 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Build a search index from what `jobs.encode` wrote. Reads the manifest and the files that it names, no other.
+    """Build a search index from what `jobs.encode` wrote, add to one, or compact one. Reads what manifests name, no other file.
+
+    Of one shard it is built in this process; of more, by tasks on the cluster that RAY_ADDRESS names or on this
+    machine. Killed? Run the same command again: it goes on where it stopped, and readers have the old version until then.
 
     For example:
 
@@ -87,27 +90,35 @@ class IndexConfig:
 
       python -m jobs.index --embeddings more/ --out idx/ --add
 
+      python -m jobs.index --out idx/ --compact
+
       python -m jobs.index --embeddings enc/ --out idx/ --memory 8 --recall 0.98 --dry-run
 
       python -m jobs.index --embeddings clip-retrieval/ --model openai/clip-vit-base-patch32 --out idx/
     """
 
-    embeddings: str
+    embeddings: str | None = None
     """The --out folder of a finished `jobs.encode`, or a folder of clip-retrieval (img_emb/, metadata/)."""
     out: str
     """Folder for the index; a new build there takes over in one step, readers keep what they have open."""
     add: bool = False
     """Add to the index that is there, instead of taking its place; a picture whose id it has is left out."""
+    compact: bool = False
+    """Write the index at --out anew from its own vectors, without deleted ones, in full shards; --kind and --recall may change it."""
+    retrain: bool = False
+    """With --compact: train its lists anew, where it has drifted from what they were made for (see `llmvis inspect`)."""
     model: str | None = None
     """For a folder of clip-retrieval: the model that its vectors are of, as `jobs.encode` takes it."""
     image_root: str | None = None
     """For a folder of clip-retrieval: what its image_path starts from, to show pictures (default: the folder itself)."""
     kind: Literal["auto", "flat", "ivf_sq8", "ivf_rabitq"] = "auto"
-    """flat: exact; ivf_sq8, ivf_rabitq: compressed to a byte or a bit a dimension, the best reranked exactly; auto: by rows and --memory."""
+    """flat: exact; ivf_sq8, ivf_rabitq: compressed to a byte or a bit a dimension, the best reranked exactly; auto: by rows and --memory; of an index that is there, its own."""
     memory: float | None = None
     """GB that searching may keep in memory (default: half of this machine's)."""
-    recall: float = 0.97
-    """Recall@10 against exact search that an approximate index is tuned for; 1: exact. With --add, the index's own stays."""
+    recall: float | None = None
+    """Recall@10 against exact search that an approximate index is tuned for; 1: exact (default: 0.97, or the index's own)."""
+    num_cpus: int | None = None
+    """CPUs to use when a local cluster is started (default: all)."""
     plot: str | None = None
     """Of an approximate index: draw recall against cost there, as PNG."""
     dry_run: bool = False
@@ -120,8 +131,19 @@ class IndexConfig:
             check_file(file)
         if self.memory is not None and not self.memory > 0:
             raise UserError(f"--memory is {self.memory}; it is a number of GB, more than 0")
-        if not 0 < self.recall <= 1:
+        if self.recall is not None and not 0 < self.recall <= 1:
             raise UserError(f"--recall is {self.recall}; it is a share: more than 0, at most 1")
+        at_least(self, 1, "num_cpus")
+        if (self.embeddings is None) != self.compact:
+            raise UserError(
+                "give --embeddings, what is to be indexed, or --compact for an index's own vectors"
+            )
+        if self.compact and (self.add or self.model or self.image_root):
+            raise UserError(
+                "--compact takes an index's own vectors: leave --add, --model and --image-root out"
+            )
+        if self.retrain and not self.compact:
+            raise UserError("--retrain goes with --compact: a new build is trained in any case")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +201,53 @@ class SearchConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "k")
         at_least(self, 0, "imagine", "imagine_weight", "offset")
-        if self.distinct is not None and not 0 < self.distinct <= 1:
-            raise UserError(f"--distinct is {self.distinct}; it is a cosine: more than 0, at most 1")
+        check_distinct(self.distinct)
         if self.imagine and not self.text:
             raise UserError("--imagine makes pictures of a text: give one")
         for file in (self.html, self.sheet):
             check_file(file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Copy the pictures that answer a question out of an index's collections, as an imagefolder with metadata.jsonl.
+
+    The files are copied as they are. `datasets.load_dataset("imagefolder", data_dir=…)` reads the result, and so does
+    `jobs.encode`.
+
+    For example:
+
+      llmvis filter --index idx/ "a red flower" --out flowers/ --min-score 0.3
+
+      llmvis filter --index idx/ "a flower" --not red --distinct 0.95 --most 200 --out flowers/
+    """
+
+    text: Annotated[str | None, tyro.conf.Positional] = None
+    """What to look for, in words."""
+    index: str
+    """Folder that `jobs.index` made."""
+    out: str
+    """A new folder for the pictures; it appears whole or not at all."""
+    image: str | None = None
+    """A picture to look for, alone or together with the text."""
+    not_: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="not")] = ()
+    """A text to stay away from; may be given several times."""
+    most: int = 1_000
+    """The best so many, at most."""
+    min_score: float | None = None
+    """Only pictures with this cosine or more; what is a good one depends on the model: look with `llmvis search`."""
+    where: str | None = None
+    """Only pictures whose metadata fulfil this; see `llmvis search --help`."""
+    distinct: float | None = None
+    """Leave out a picture whose cosine with a better one is this or more, such as 0.95."""
+    model: str | None = None
+    """Where the index's model lies on this machine, if not where it was encoded."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "most")
+        check_distinct(self.distinct)
+        if self.min_score is not None and not -1 <= self.min_score <= 1:
+            raise UserError(f"--min-score is {self.min_score}, but it is a cosine: give -1 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +289,12 @@ def at_least(config: Any, least: float, *names: str) -> None:
         value = getattr(config, name)
         if isinstance(value, int | float) and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}")
+
+
+def check_distinct(value: float | None) -> None:
+    """Raises `UserError` unless this is None, or a cosine above 0."""
+    if value is not None and not 0 < value <= 1:
+        raise UserError(f"--distinct is {value}; it is a cosine: more than 0, at most 1")
 
 
 def check_file(name: str | None) -> None:

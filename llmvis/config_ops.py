@@ -1,4 +1,4 @@
-"""What the commands that look after folders can be told: inspect, retry, gc. See `config`."""
+"""What the commands that look after folders can be told: inspect, delete, retry, gc. See `config`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,37 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteConfig:
+    """Delete pictures from an index: from then on no search finds them.
+
+    A new version without them takes over at once; who has the last one open still sees them. They stay in the index's
+    files until it is compacted (python -m jobs.index --compact), and pictures and embeddings stay where they are. What
+    is deleted already is no error. With --ids and --where those are deleted that both name.
+
+    For example:
+
+      llmvis delete --index idx/ --ids gone.txt
+
+      llmvis delete --index idx/ --where 'tag == "nsfw"' --dry-run
+    """
+
+    index: str
+    """Folder that `jobs.index` made."""
+    ids: str | None = None
+    """File of ids, here or on S3: a text with one a line, or Parquet with a column `id`."""
+    where: str | None = None
+    """Those whose metadata fulfil this, written as for `llmvis search`: `width < 64 or caption is None`."""
+    dry_run: bool = False
+    """Say how many it would be, show a few, and stop."""
+    json: bool = False
+    """Print what was done as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.where is None:
+            raise UserError("say what is to be deleted: --ids, --where, or both")
 
 
 @dataclass(frozen=True, kw_only=True)

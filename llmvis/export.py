@@ -15,8 +15,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -96,8 +96,12 @@ def unpack_webdataset(data: bytes, schema: pa.Schema) -> pa.Table:
     )
 
 
-def write_imagefolder(tables: Iterable[pa.Table], folder: Path, *, rows: int) -> None:
+def write_imagefolder(
+    tables: Iterable[pa.Table], folder: Path, *, rows: int, lost: Callable[[], int] = lambda: 0
+) -> None:
     """A Hugging Face imagefolder: `images/<key>.png` and, last, `metadata.jsonl` with `file_name` and columns.
+
+    A picture whose `path` has another ending than .png keeps that.
 
     Above `FLAT_FOLDER` rows pictures lie in `images/<first two signs of the key>/`. A killed run
     is run again with the same rows: pictures that are there stay, what it left half-written
@@ -109,9 +113,10 @@ def write_imagefolder(tables: Iterable[pa.Table], folder: Path, *, rows: int) ->
     it takes for pictures, are written `filename`.
 
     Args:
-        tables: of `made.made_schema`, all of one schema, in canonical order; one is in memory at a time.
+        tables: with `id` and `image` (`made.IMAGE`), in canonical order; one is in memory at a time.
         folder: made where it is not there; for this data set alone.
-        rows: how many there are in all tables.
+        rows: how many there are in all tables, and
+        lost: how many of them did not come after all, asked at the end.
 
     Raises:
         ValueError: where the tables have another number of rows, or two have one id; nothing is
@@ -132,8 +137,10 @@ def write_imagefolder(tables: Iterable[pa.Table], folder: Path, *, rows: int) ->
                     raise ValueError(f"two rows have the id {row['id']!r}")
                 keys.add(key)
                 place = f"images/{key[:2]}" if rows > FLAT_FOLDER else "images"
-                name = f"{place}/{image_path(key)}"
-                _write_picture(store, name, row.pop("image")["bytes"])
+                image = row.pop("image")
+                ending = PurePosixPath(image["path"] or "").suffix
+                name = f"{place}/{key}{ending}" if ending else f"{place}/{image_path(key)}"
+                _write_picture(store, name, image["bytes"])
                 described = _plain({"file_name": name, **{names[column]: row[column] for column in row}})
                 line = f"{_json(described)}\n".encode()
                 new = set(_values(described)) - known
@@ -142,7 +149,7 @@ def write_imagefolder(tables: Iterable[pa.Table], folder: Path, *, rows: int) ->
                     first.append(line)
                 else:
                     rest.write(line)
-        if len(keys) != rows:
+        if len(keys) + lost() != rows:
             raise ValueError(f"{len(keys)} rows in the tables, {rows} announced")
         os.sync()  # all pictures at once: a flush for each took thirty times as long
         rest.seek(0)

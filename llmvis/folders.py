@@ -234,7 +234,7 @@ def kept_versions(store: Store) -> list[int]:
 def files_of_manifest(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files that a version of an index names, and what it says of each."""
     files = [file for shard in manifest["shards"] for file in files_of_shard(shard)]
-    files += [manifest["trained"]] if "trained" in manifest else []
+    files += [manifest[part] for part in ("trained", "deleted") if part in manifest]
     return {file["name"]: file for file in files}
 
 

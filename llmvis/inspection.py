@@ -28,7 +28,7 @@ from llmvis.folders import (
     parts_of,
     read_job,
 )
-from llmvis.index import read_info
+from llmvis.index import advice, drift, read_info
 from llmvis.schema import printable
 from llmvis.storage import StorageError, Store
 from llmvis.summary import STAGES
@@ -240,11 +240,15 @@ def _index(store: Store, check_hashes: bool) -> dict[str, Any]:
     if check_hashes:
         problems += [Problem(what=p.what, do=again) for p in _hashes(store, files, there)]
     stray = {name: size for name, size in there.items() if name not in files.keys() | older}
+    dead = manifest["deleted"]["rows"] if "deleted" in manifest else 0
     return {
         "state": "damaged" if problems else "finished",
         "version": manifest["version"],
         "kept": versions,
-        "rows": manifest["rows"],
+        "rows": rows,
+        "deleted": dead,
+        "advice": advice(manifest, store.uri),
+        "drift": drift(manifest),
         "index_kind": manifest["kind"],
         "tuned": manifest.get("tuned"),
         "model": manifest["model"],

@@ -80,9 +80,12 @@ def _job_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
 def _index_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     model = part["model"]
     kept = ", ".join(map(str, part["kept"]))
+    dead = ""
+    if part["deleted"]:
+        dead = f", {part['deleted']:,} of them deleted ({part['deleted'] / part['rows']:.0%})"
     lines = [
         ("version", f"{part['version']} (kept: {kept})"),
-        ("rows", f"{part['rows']:,} × {model.get('dim')} in {len(part['shards']):,} shards"),
+        ("rows", f"{part['rows']:,} × {model.get('dim')} in {len(part['shards']):,} shards{dead}"),
         ("model", f"{model.get('name')} {str(model.get('fingerprint'))[:12]} ({model.get('licence')})"),
         ("sources", ", ".join(part["sources"])),
         ("kind", _index_kind(part)),
@@ -90,6 +93,7 @@ def _index_lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     count = sum(len(shard["files"]) for shard in part["shards"])
     there = sum(file["there"] for shard in part["shards"] for file in shard["files"])
     lines.append(("files", f"{there:,} of {count:,} there, {size(part['files']['bytes'])}{_checked(part)}"))
+    lines += [("advice", line) for line in part["advice"]]
     return lines + _stray(part)
 
 

@@ -180,8 +180,14 @@ def _hit(rank: int, score: float, row: dict[str, Any], sources: list[dict[str, A
 
 def pictures(index: Index, hits: list[Hit]) -> list[bytes | None]:
     """The encoded picture behind each hit, from where the collection lies; None where it is gone."""
+    found = read_pictures(index.sources, hits)
+    return [None if isinstance(data, ItemError) else data for data in found]
+
+
+def read_pictures(sources: Sequence[dict[str, Any]], hits: Sequence[Hit]) -> list[bytes | ItemError]:
+    """The encoded picture behind each hit of an index with these `sources`, or why it cannot be had."""
     found: dict[int, bytes | ItemError] = {}
-    for number, source in enumerate(index.sources):
+    for number, source in enumerate(sources):
         some = [i for i, hit in enumerate(hits) if hit.source == number]
         found |= dict(zip(some, open_reader(source).read([hits[i].locator for i in some]), strict=True))
-    return [None if isinstance(data, ItemError) else data for _, data in sorted(found.items())]
+    return [data for _, data in sorted(found.items())]

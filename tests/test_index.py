@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmvis.index import SOURCE, Index, IndexInfo, IndexMismatchError, build, exact, open_index, plan_kind
+from llmvis.index import (
+    SOURCE,
+    Index,
+    IndexInfo,
+    IndexMismatchError,
+    bf16,
+    build,
+    exact,
+    open_index,
+    plan_kind,
+)
 from llmvis.storage import LocalStore, StorageError
 
 DIM = 24
@@ -60,6 +69,98 @@ def test_answers_are_those_of_a_matrix_product(
     np.testing.assert_array_equal(rows, brute_force(vectors, queries, 20))
     assert (np.diff(scores, axis=1) <= 0).all()
     assert [m["id"] for m in index.metadata(rows[0])] == [f"id{r}" for r in rows[0]]
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 90])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.95, 1.0])
+def test_a_mask_leaves_what_a_matrix_product_of_the_rest_finds(
+    monkeypatch: pytest.MonkeyPatch, share: float, count: int
+) -> None:
+    monkeypatch.setattr(exact, "BLOCK_ROWS", 64)
+    vectors, queries = unit(1500), unit(count, seed=1)
+    allowed = np.random.default_rng(2).random(1500) < share
+    allowed[128:192], allowed[192:256] = False, share > 0  # a block of none, a block of all
+    codes = vectors.astype(np.float16)
+    shards = [exact.Shard(0, codes[:700]), exact.Shard(700, codes[700:])]
+    _, rows = exact.nearest(shards, queries, 20, allowed)
+    left = np.flatnonzero(allowed)
+    np.testing.assert_array_equal(rows, left[brute_force(vectors[left], queries, 20)])
+    if share == 0.3:
+        some = np.array([900, 3, 1400, 650])
+        for query, (few, found) in enumerate(exact.nearest_of(shards, q, some, 3) for q in queries):
+            only = np.isin(np.arange(1500), some)
+            same = exact.nearest(shards, queries[query : query + 1], 3, only)
+            assert (few.tobytes(), found.tolist()) == (same[0].tobytes(), same[1][0].tolist())
+
+
+def nearly_the_same(rows: int) -> np.ndarray:
+    """Vectors that bfloat16 cannot tell apart."""
+    return np.asarray(unit(1, seed=4) + 1e-3 * unit(rows, seed=5), np.float32)
+
+
+@pytest.mark.parametrize("count", [13, 90])
+@pytest.mark.parametrize(
+    ("vectors", "quick"),
+    [
+        (unit(3000), True),
+        (unit(3000) * np.geomspace(1e-3, 1e3, 3000, dtype=np.float32)[:, None], False),
+        (unit(3000) * np.geomspace(1e3, 1e-3, 3000, dtype=np.float32)[:, None], True),
+        (np.concatenate([unit(100), nearly_the_same(60), unit(2840, seed=7)]), True),
+        (nearly_the_same(3000), False),
+        (np.repeat(unit(30), 100, axis=0), False),
+    ],
+    ids=["unit", "growing", "shrinking", "some alike", "all alike", "equal"],
+)
+def test_a_sieve_of_bfloat16_loses_no_answer(
+    monkeypatch: pytest.MonkeyPatch, vectors: np.ndarray, quick: bool, count: int
+) -> None:
+    codes, queries = vectors.astype(np.float16), unit(count, seed=1)
+    codes.flags.writeable = False  # as a map is
+    shards = [exact.Shard(0, codes[:1000]), exact.Shard(1000, codes[1000:])]
+    monkeypatch.setattr(exact, "BLOCK_ROWS", 64)
+    left: list[float | None] = []
+    real = bf16.Sieve.left
+
+    def counted(self: bf16.Sieve, vectors: np.ndarray, least: np.ndarray) -> object:
+        found = real(self, vectors, least)
+        left.append(None if found is None else len(found[0]) / len(least) / len(vectors))
+        return found
+
+    monkeypatch.setattr(bf16.Sieve, "left", counted)
+    some = np.random.default_rng(3).random(3000) < 0.5
+    for allowed in (None, some):
+        monkeypatch.setattr(exact, "_sieve_pays", lambda work: False)
+        slow = exact.nearest(shards, queries, 7, allowed)
+        assert not left
+        monkeypatch.setattr(exact, "_sieve_pays", lambda work: True)  # where it is not native, it is imitated
+        fast = exact.nearest(shards, queries, 7, allowed)
+        np.testing.assert_allclose(fast[0], slow[0], rtol=1e-6, atol=1e-6)
+        if len(np.unique(codes, axis=0)) == 3000:  # which of equal ones come last is left open
+            np.testing.assert_array_equal(fast[1], slow[1])
+        shares = [share for share in left if share is not None]
+        assert len(left) > 20 and (len(shares) > len(left) / 2) == quick
+        left.clear()
+
+
+def test_a_sieve_leaves_whatever_reaches_the_least_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of its docstring, where it is nearly reached: every number rounds by half a step."""
+    monkeypatch.setattr(bf16, "MOST_LEFT", 1.0)
+    half = np.full((1, DIM), 1 + 2.0**-8, np.float32)  # rounds to 1, to the even one
+    for sign in (1, -1):
+        score = np.full(1, sign * float(half[0] @ half[0]), np.float32)
+        assert bf16.Sieve(half, 4).left(sign * half, np.nextafter(score, -np.inf)) is not None
+        for vectors in (sign * half, np.repeat(sign * half, 4, 0)):
+            query, place = bf16.Sieve(half, 4).left(vectors, score) or ([], [])
+            assert (len(query), list(place)) == (len(vectors), list(range(len(vectors))))
+    far = bf16.Sieve(half, 1).left(half, np.full(1, 1.03 * DIM, np.float32))
+    assert far is not None and len(far[0]) == 0, "and not more than it must"
+
+
+def test_ids_are_found_by_row_the_first_of_equal_ones(tmp_path: Path) -> None:
+    with make(tmp_path, unit(20), unit(5), shard_rows=7) as index:  # the second five are id20 … id24
+        asked = pa.array(["id3", "none", None, "id24", "id3", "id0"])
+        assert index.rows_of(asked).tolist() == [3, -1, -1, 24, 3, 0]
+        assert index.rows_of(pa.array([], pa.string())).tolist() == []
 
 
 def test_k_asked_is_k_got_up_to_all_there_is(tmp_path: Path) -> None:
@@ -177,7 +278,7 @@ def test_an_addition_killed_before_its_sweep_is_swept_up_by_the_next_one(
         build(LocalStore(tmp_path), IndexInfo(model=MODEL, source={}), [table(unit(9))], add=True)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sys.modules["llmvis.index.build"], "_sweep", killed)
+        patched.setattr("llmvis.index.publish.sweep", killed)
         add()
     add()
     assert sorted(p.name for p in (tmp_path / "manifests").iterdir()) == ["000002.json", "000003.json"]

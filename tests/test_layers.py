@@ -21,7 +21,7 @@ LAYERS = [  # from the bottom; a module may import from its own layer and those 
     | {"evaluation", "evaluation_synthesis", "evaluation_why", "explain", "report", "entry"}
     | {"export", "gates", "card", "config_bulk", "translate", "generate", "dataset", "seeds", "present"}
     | {"steps", "config_ops", "inspection_view", "evaluation_imagine", "evaluation_enhance"}
-    | {"clip_retrieval"},
+    | {"clip_retrieval", "indexing", "batch_search", "mining", "filtered"},
     {"cluster"},
     {"cli", "demo", "jobs"},
 ]

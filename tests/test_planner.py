@@ -13,12 +13,12 @@ GB = 10**9
 def test_memory_of_each_kind_is_what_its_bytes_add_up_to() -> None:
     flat, sq8, rabitq = (plan_kind(k, 1_000_000, 512, 0.97) for k in ("flat", "ivf_sq8", "ivf_rabitq"))
     assert (flat.lists, flat.memory_bytes, flat.train_rows) == (0, 0, 0)
-    assert sq8.lists == 4096 and sq8.train_rows == 64 * 4096
+    assert sq8.lists == 4096 and sq8.train_rows == 40 * 4096
     assert sq8.memory_bytes == 520 * 1_000_000 + 4 * 512 * 4096
     assert rabitq.memory_bytes == 80 * 1_000_000 + 4 * 512 * 4096 + 4 * 512 * 512
     assert flat.disk_bytes == 1124 * 1_000_000
     assert sq8.disk_bytes == (1124 + 520) * 1_000_000 + 4 * 512 * 4096
-    assert sq8.build_bytes == 4 * 512 * 64 * 4096 + 4 * 512 * 4096, "the sample is the most of it"
+    assert sq8.build_bytes == 4 * 512 * 40 * 4096 + 4 * 512 * 4096, "the sample is the most of it"
     assert (sq8.factory, rabitq.factory, flat.factory) == ("IVF4096,SQ8", "RR512,IVF4096,RaBitQ", "")
 
 

@@ -9,6 +9,7 @@ Shape legend: N vectors, D dimensions, Q queries, k answers, P lists probed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
 
-from llmvis.index.exact import F32, I64, best_of, use_threads
+from llmvis.index import gpu
+from llmvis.index.exact import F32, FEW_QUERIES, I64, Mask, best_of, use_threads
+from llmvis.index.planner import KMEANS_ITERATIONS
 from llmvis.storage import StorageError
 
 faiss: Any = _faiss  # its types leave out most of what is used here
-KMEANS_ITERATIONS = 10
+FIT_OF = 16
+"""Of so many vectors one is measured against its centroid."""
+BREADTH, QUERY_BREADTH = 64, 256
+"""Of the search for the nearest centroids in a graph, for pictures and for queries: at 64 it finds all of 4,096
+centroids' nearest for pictures, and .96 of the nearest 16 for texts, which lie apart; at 256 all."""
 QUERY_BITS = 4
 """Of a query against RaBitQ codes; 0 (floats) is 150 times slower."""
 QUERY_BLOCK = 256
@@ -39,24 +46,47 @@ def train(vectors: F32, factory: str, seed: int = 0) -> bytes:
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.init(seed + 1)
         rotation.is_trained = True
+    gpu.assign_on_gpu(ivf)
     index.train(vectors)
     return bytes(faiss.serialize_index(index))
 
 
-def write_lists(blob: bytes, parts: Iterable[tuple[int, F32]], path: Path) -> None:
-    """Adds `(first row, float32 (N, D))` parts to a copy of the trained index; writes its lists alone to `path`."""
+def write_lists(blob: bytes, parts: Iterable[tuple[int, F32]], path: Path) -> float:
+    """Adds `(first row, float32 (N, D))` parts to a copy of the trained index; writes its lists alone to `path`.
+
+    Returns how well they fit: the mean cosine with the centroid of their list, of every `FIT_OF`th.
+    """
     use_threads()
     index = _deserialize(blob)
+    coarse = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
+    if isinstance(coarse, faiss.IndexHNSW):
+        coarse.hnsw.efSearch = BREADTH
+    fits = []
     for first, vectors in parts:
         index.add_with_ids(vectors, np.arange(first, first + len(vectors), dtype=np.int64))
+        fits.append(_nearest_lists(index, vectors[::FIT_OF], 1)[1])
     try:
         faiss.write_InvertedLists(faiss.extract_index_ivf(index).invlists, faiss.FileIOWriter(str(path)))
     except RuntimeError as error:
         raise StorageError(f"{path.parent}: inverted lists cannot be written ({error}); make room") from error
+    return float(np.concatenate(fits).mean())
+
+
+def _nearest_lists(index: Any, vectors: F32, probes: int) -> tuple[F32, F32, I64]:
+    """Vectors as lists see them `(N, D)`; of each the nearest centroids: cosines and lists `(N, probes)`."""
+    moved = vectors
+    if isinstance(index, faiss.IndexPreTransform):
+        moved = index.chain.at(0).apply(vectors)
+    moved = np.ascontiguousarray(moved, dtype=np.float32)
+    coarse = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
+    if isinstance(coarse, faiss.IndexHNSW):
+        coarse.hnsw.efSearch = max(QUERY_BREADTH, 4 * probes)
+    near, lists = coarse.search(moved, probes)
+    return moved, near, lists
 
 
 class ListShards:
-    """The shards of one trained index, opened for search; one search at a time.
+    """The shards of one trained index, opened for search; one search at a time. To be closed.
 
     Raises `StorageError` where the blob and the lists are not of `dim` dimensions, or a shard's lists do
     not hold its `rows`.
@@ -83,30 +113,49 @@ class ListShards:
                 raise StorageError("inverted lists are not those of their index and shard; build it anew")
             inverted.prefetch_nthread = 0  # 32 threads a shard and query, for lists that are in memory
 
-    def search(
-        self, queries: F32, k: int, probes: int, allowed: npt.NDArray[np.uint8] | None = None
-    ) -> tuple[F32, I64]:
+    def close(self) -> None:
+        """Unmaps the lists."""
+        for inverted in self._lists:  # Python cannot destroy them; an index destroys those that it owned
+            self._ivf.replace_invlists(inverted, True)
+        self._lists = []
+
+    def __enter__(self) -> ListShards:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def search(self, queries: F32, k: int, probes: int, allowed: Mask | None = None) -> tuple[F32, I64]:
         """The `k` nearest by compressed vectors, best first: scores `(Q, k)` and global rows `(Q, k)`, -1 where none.
 
-        allowed: a bitmap of global rows, least bit first; only those are found.
+        allowed: `(N,)` over all global rows; only those are found.
         """
         use_threads()
+        probes = min(probes, self.lists)
+        batch = allowed is None and len(queries) > FEW_QUERIES and max(k, probes) <= gpu.MOST
+        if batch and self._on_gpu is not None:
+            return self._on_gpu.search(np.ascontiguousarray(queries), k, probes)
         blocks = [queries[at : at + QUERY_BLOCK] for at in range(0, len(queries), QUERY_BLOCK)]
-        found = [self._search(block, k, min(probes, self.lists), allowed) for block in blocks]
+        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
+        found = [self._search(block, k, probes, bits) for block in blocks]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
+    @functools.cached_property
+    def _on_gpu(self) -> gpu.ListsOnGpu | None:
+        """None where there is no GPU that they fit on, of a kind that it searches."""
+        flat = isinstance(faiss.downcast_index(self._ivf.quantizer), faiss.IndexFlat)
+        if not (gpu.available() and flat and isinstance(self._index, faiss.IndexIVFScalarQuantizer)):
+            return None
+        try:
+            return gpu.ListsOnGpu(self._index, self._lists)
+        except RuntimeError:
+            return None
+
     def _search(
-        self, queries: F32, k: int, probes: int, allowed: npt.NDArray[np.uint8] | None
+        self, queries: F32, k: int, probes: int, bits: npt.NDArray[np.uint8] | None
     ) -> tuple[F32, I64]:
-        moved = queries
-        if isinstance(self._index, faiss.IndexPreTransform):
-            moved = self._index.chain.at(0).apply(queries)
-        moved = np.ascontiguousarray(moved, dtype=np.float32)
-        coarse = faiss.downcast_index(self._ivf.quantizer)
-        if isinstance(coarse, faiss.IndexHNSW):
-            coarse.hnsw.efSearch = max(64, 2 * probes)
-        near, lists = coarse.search(moved, probes)
-        parameters = self._parameters(probes, allowed)
+        moved, near, lists = _nearest_lists(self._index, queries, probes)
+        parameters = self._parameters(probes, bits)
         scores = np.empty((len(self._lists), len(queries), k), np.float32)
         rows = np.empty(scores.shape, np.int64)
         self._ivf.nprobe = probes
@@ -118,8 +167,8 @@ class ListShards:
             )  # fmt: skip
         return best_of(list(zip(scores, rows, strict=True)), k)
 
-    def _parameters(self, probes: int, allowed: npt.NDArray[np.uint8] | None) -> Any:
-        chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(allowed)}
+    def _parameters(self, probes: int, bits: npt.NDArray[np.uint8] | None) -> Any:
+        chosen = {} if bits is None else {"sel": faiss.IDSelectorBitmap(bits)}
         if isinstance(self._ivf, faiss.IndexIVFRaBitQ):
             return faiss.IVFRaBitQSearchParameters(nprobe=probes, qb=QUERY_BITS, **chosen)
         return faiss.SearchParametersIVF(nprobe=probes, **chosen)

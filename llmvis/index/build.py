@@ -1,171 +1,223 @@
-"""Builds an index: shards of vectors and metadata, for an approximate one inverted lists beside them, then the swap.
+"""Builds an index, adds to one, compacts one: shards of vectors and metadata, lists where it is approximate, the swap.
+
+    parts → shards (anywhere) → sample → train once → lists of each shard (anywhere) → tune → manifest → CURRENT
 
 A build writes new files and then swaps CURRENT, so a reader has one version or the next and never a
-mix, and a build that is killed changes nothing for readers. Adding writes new shards beside the ones
-there. One shard's rows are in memory at a time. It does not know where vectors come from or what a
-picture is.
+mix, and a build that is killed changes nothing for readers; run again, it takes over what was finished.
+It does not know where vectors come from, what a picture is, or what `each` runs its work on.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from llmvis.folders import files_of_versions, kept_versions
 from llmvis.index.compress import EncodeTexts, compress
-from llmvis.index.exact import F16
-from llmvis.index.manifest import IndexInfo, IndexMismatchError
-from llmvis.index.opened import open_index
+from llmvis.index.done import Done
+from llmvis.index.manifest import IndexInfo, check_fingerprint, manifest_hash, read_current
+from llmvis.index.parts import Each, InMemory, NewShard, OldShard, Part, in_turn, pieces, write_shard
 from llmvis.index.planner import IndexPlan, plan_kind
+from llmvis.index.publish import in_force, next_version, publish, sweep
+from llmvis.index.rows import Rows
 from llmvis.schema import FORMAT_VERSION
-from llmvis.storage import NewFile, Store, sha256_bytes
+from llmvis.storage import Store, open_store
 
 
 def build(
     store: Store,
     info: IndexInfo,
-    tables: Iterable[pa.Table],
+    parts: Iterable[Part | pa.Table],
     *,
     plan: IndexPlan | None = None,
     add: bool = False,
     encode_texts: EncodeTexts | None = None,
+    each: Each = in_turn,
     say: Callable[[str], None] = lambda line: None,
+    counts: Counter[str] | None = None,
 ) -> dict[str, Any]:
-    """Publishes a new version from tables with an `embedding` column (`fixed_size_list<float16>[D]`).
+    """Publishes a new version from parts with an `embedding` column (`fixed_size_list<float>[D]`).
 
-    All other columns become metadata. Call it under `store.lock()`. Returns the manifest.
+    All other columns become metadata; a table is a part of `info.source`. Call it under `store.lock()`.
+    Returns the manifest.
 
     Args:
         plan: kind, recall and size of shards; lists are counted anew from the rows that really come.
             None: exact.
         add: the rows of the current version stay, and of the new ones those come in whose `id` it
-            does not have. Kind, recall and lists are the current version's.
+            does not have, or has deleted. Kind, recall and lists are the current version's.
         encode_texts: with it an approximate index is tuned on captions, if there are any; else on
             its own pictures, which are easier to find.
+        each: what runs the work on shards.
         say: takes a line on what is done next.
+        counts: is told what became of the rows, as `write_shard` counts.
 
     Raises:
-        IndexMismatchError: a table's dimension is not the model's, or what is added to is of another model.
+        IndexMismatchError: a part's dimension is not the model's, or what is added to is of another model.
         IndexPlanError: an approximate index of no rows.
         StorageError: there is nothing to add to.
     """
     plan = plan or plan_kind("flat", 0, int(info.model["dim"]), 1.0)
+    whole = [InMemory(table=p, source=info.source) if isinstance(p, pa.Table) else p for p in parts]
     store.clear_unfinished()  # of a build that was killed: may be gigabytes
-    version = 1 + max(kept_versions(store), default=0)
-    in_force = _in_force(store)
-    old: dict[str, Any] | None = None
+    old = None
     if add:
-        with open_index(store.uri, info.model["fingerprint"]) as opened:
-            old = opened.manifest
-            tables = _without(tables, opened.ids())
-    shards = list(old["shards"]) if old else []
-    sources = list(old["sources"]) if old else []
-    if info.source not in sources:
-        sources.append(info.source)
-    before = len(shards)
-    dim = int(info.model["dim"])
-    for number, group in enumerate(_groups(tables, plan.shard_rows)):
-        shard = _write_shard(store, f"shards/{version:06}-{number:05}", group, dim)
-        shards.append({**shard, "source": sources.index(info.source)})
-    if old and len(shards) == before:
-        _sweep(store, old)  # all of it was there; the run that put it there may have been killed then
-        return old
-    rows = sum(shard["rows"] for shard in shards)
-    kind = old["kind"] if old else plan.kind
-    manifest = {
-        "format": FORMAT_VERSION,
-        "version": version,
-        "replaces": in_force,  # not always the number before: a build that was killed has one, too
-        "kind": kind,
-        "metric": "inner_product",
-        "dtype": "float16",
-        "model": info.model,
-        "sources": sources,
-        "rows": rows,
-        "shards": shards,
-        "faiss": faiss.__version__,
-    }
-    if kind != "flat":
-        recall = old["tuned"]["target"] if old else plan.recall
-        final = plan_kind(kind, rows, dim, recall)
-        manifest |= compress(store, final, shards, version, old=old, encode_texts=encode_texts, say=say)
-    data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-    store.write(f"manifests/{version:06}.json", data)
-    store.write("CURRENT", f"{version:06} {sha256_bytes(data)}\n".encode())
-    _sweep(store, manifest)
-    return manifest
+        old = read_current(store)
+        check_fingerprint(store, old, info.model["fingerprint"])
+    work = _Work(store, info.model, plan, encode_texts, each, say, counts)
+    return work.add(old, whole) if old else work.new(whole, None)
 
 
-def _without(tables: Iterable[pa.Table], known: set[str]) -> Iterator[pa.Table]:
-    """The rows whose id is not known."""
-    for table in tables:
-        new = [row_id not in known for row_id in table["id"].to_pylist()]
-        yield table if all(new) else table.filter(pa.array(new, pa.bool_()))
+def compact(
+    store: Store,
+    *,
+    plan: IndexPlan,
+    retrain: bool = False,
+    encode_texts: EncodeTexts | None = None,
+    each: Each = in_turn,
+    say: Callable[[str], None] = lambda line: None,
+    counts: Counter[str] | None = None,
+) -> dict[str, Any]:
+    """Publishes a version of the living rows alone, in full shards; the rest is as `build` has it.
+
+    The trained index stays in use, unless `retrain` is set or the plan is of another kind.
+    """
+    store.clear_unfinished()
+    old = read_current(store)
+    dim, parts, first = int(old["model"]["dim"]), list[Part](), 0
+    with Rows(store, old) as rows:
+        living = rows.living
+    for shard in old["shards"]:
+        source, dead = old["sources"][shard["source"]], None
+        if living is not None:
+            dead = np.packbits(~living[first : first + shard["rows"]], bitorder="little").tobytes()
+        first += shard["rows"]
+        parts.append(OldShard(uri=store.uri, shard=shard, dim=dim, source=source, dead=dead))
+    keep = old if plan.kind == old["kind"] != "flat" and not retrain else None
+    return _Work(store, old["model"], plan, encode_texts, each, say, counts).new(parts, keep)
 
 
-def _in_force(store: Store) -> int:
-    """The version that readers open now; 0 where there is none that they can."""
-    match = re.match(rb"(\d{6}) ", store.read("CURRENT")) if store.exists("CURRENT") else None
-    return int(match[1]) if match else 0
+@lru_cache(maxsize=1)
+def _rows(uri: str, sha256: str) -> Rows:
+    store = open_store(uri)
+    manifest = read_current(store)
+    assert manifest_hash(manifest) == sha256, "nobody publishes while an addition holds the lock"
+    return Rows(store, manifest)
 
 
-def _sweep(store: Store, current: dict[str, Any]) -> None:
-    """Removes all but the current version and the one that it replaced: a reader may be opening that one."""
-    stay = (current["version"], current.get("replaces", current["version"] - 1))
-    kept = [v for v in kept_versions(store) if v in stay]
-    store.sweep("manifests", {f"manifests/{v:06}.json" for v in kept})
-    store.sweep("shards", files_of_versions(store, kept))
+@dataclass(frozen=True)
+class Known:
+    """Which ids the index at `uri` has: of a `(N,)` column, bool `(N,)`.
+
+    `sha256` is its `manifest_hash`, not its version, which an index that takes its place would have too.
+    """
+
+    uri: str
+    sha256: str
+
+    def __call__(self, ids: pa.Array) -> npt.NDArray[np.bool_]:
+        return _rows(self.uri, self.sha256).rows_of(ids) >= 0
 
 
-def _groups(tables: Iterable[pa.Table], rows: int) -> Iterator[list[pa.Table]]:
-    """Tables cut and gathered into groups of `rows` rows, the last one shorter; none is empty."""
-    group: list[pa.Table] = []
-    room = rows
-    for table in tables:
-        while table.num_rows > 0:
-            head = table.slice(0, room)
-            group.append(head)
-            table = table.slice(head.num_rows)
-            room -= head.num_rows
-            if room == 0:
-                yield group
-                group, room = [], rows
-    if group:
-        yield group
+@dataclass(frozen=True)
+class _Work:
+    """One version in the making."""
 
+    store: Store
+    model: dict[str, Any]
+    plan: IndexPlan
+    encode_texts: EncodeTexts | None
+    each: Each
+    say: Callable[[str], None]
+    counts: Counter[str] | None
 
-def _write_shard(store: Store, name: str, tables: list[pa.Table], dim: int) -> dict[str, Any]:
-    rows = sum(t.num_rows for t in tables)
-    with store.create(f"{name}.npy") as vectors:
-        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
-        np.lib.format.write_array_header_1_0(vectors, header)
-        for table in tables:
-            vectors.write(_vectors(table["embedding"], dim).tobytes())
-    metadata = pa.concat_tables([t.drop_columns(["embedding"]) for t in tables]).combine_chunks()
-    with store.create(f"{name}.arrow") as arrow:
-        _write_arrow(arrow, metadata)
-    return {
-        "rows": rows,
-        "vectors": {"name": f"{name}.npy", "bytes": vectors.bytes, "sha256": vectors.sha256},
-        "metadata": {"name": f"{name}.arrow", "bytes": arrow.bytes, "sha256": arrow.sha256},
-    }
+    def new(self, parts: Sequence[Part], trained: dict[str, Any] | None) -> dict[str, Any]:
+        """A version of these parts alone, with the trained index of the manifest `trained` or one of its own."""
+        sources: list[dict[str, Any]] = []
+        shards = self._shards(parts, sources, None)
+        return self._publish(shards, sources, self.plan.kind, self.plan.recall, trained, None)
 
+    def add(self, old: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+        """The version `old`, and what it lacks of these parts."""
+        sources = list(old["sources"])
+        shards = self._shards(parts, sources, Known(self.store.uri, manifest_hash(old)))
+        if not shards:
+            sweep(self.store, old)  # all of it was there; the run that put it there may have been killed then
+            return old
+        recall = old["tuned"]["target"] if "tuned" in old else 1.0
+        kept = old if old["kind"] != "flat" else None
+        return self._publish(
+            [*old["shards"], *shards], sources, old["kind"], recall, kept, old.get("deleted")
+        )
 
-def _write_arrow(file: NewFile, table: pa.Table) -> None:
-    with pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=table.num_rows)
+    @property
+    def _version(self) -> int:
+        return next_version(self.store)
 
+    def _shards(
+        self, parts: Sequence[Part], sources: list[dict[str, Any]], known: Known | None
+    ) -> list[dict[str, Any]]:
+        """Writes shards; `sources` gets those that it lacks."""
+        groups = list(pieces(parts, self.plan.shard_rows))
+        news = [
+            NewShard(
+                self.store.uri, f"shards/{self._version:06}-{at:05}", group, int(self.model["dim"]), known
+            )
+            for at, group in enumerate(groups)
+        ]
+        work = [(new.key, [f"{new.name}.npy", f"{new.name}.arrow"], new) for new in news]
+        made = Done(self.store).each(self.each, write_shard, work, what="shards")
+        shards = []
+        for group, entry in zip(groups, made, strict=True):
+            shard = dict(entry)
+            counted = shard.pop("counts")
+            if self.counts is not None:
+                self.counts.update(counted)
+            if shard["rows"]:
+                source = group[0].part.source
+                if source not in sources:
+                    sources.append(source)
+                shards.append({**shard, "source": sources.index(source)})
+        return shards
 
-def _vectors(column: pa.ChunkedArray, dim: int) -> F16:
-    """`(N, D)` of a fixed-size-list column. Raises `IndexMismatchError` for another D."""
-    found = column.type.list_size
-    if found != dim:
-        raise IndexMismatchError(f"embeddings have {found} dimensions, the model has {dim}")
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(flat, dtype="<f2").reshape(-1, dim)
+    def _publish(
+        self,
+        shards: list[dict[str, Any]],
+        sources: list[dict[str, Any]],
+        kind: str,
+        recall: float,
+        trained: dict[str, Any] | None,
+        deleted: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        rows = sum(shard["rows"] for shard in shards)
+        manifest = {
+            "format": FORMAT_VERSION,
+            "version": self._version,
+            # not always the number before: a build that was killed has one, too
+            "replaces": in_force(self.store),
+            "kind": kind,
+            "metric": "inner_product",
+            "dtype": "float16",
+            "model": self.model,
+            "sources": sources,
+            "rows": rows,
+            "shards": shards,
+            "faiss": faiss.__version__,
+        }
+        if deleted is not None:
+            manifest["deleted"] = deleted
+        if kind != "flat":
+            final = plan_kind(kind, rows, int(self.model["dim"]), recall)  # type: ignore[arg-type]
+            manifest |= compress(
+                self.store, final, shards, self._version,
+                old=trained, encode_texts=self.encode_texts, each=self.each, say=self.say,
+            )  # fmt: skip
+        publish(self.store, manifest)
+        return manifest

@@ -5,6 +5,9 @@
     shards/000001-00000.npy, .arrow      fp16 vectors and metadata
     shards/000001-00000.lists            of an approximate index: compressed vectors in inverted lists
     shards/000001.trained                its centroids and ranges, from which every shard's lists are made
+    shards/000002.deleted                a bit for each row, least bit first: the deleted ones
+
+`rows` and global rows count the deleted ones too: they stay in their shards until an index is compacted.
 
 Whoever can write an index can write a right hash too, so a manifest is checked like any foreign file.
 Knows no faiss.
@@ -12,13 +15,14 @@ Knows no faiss.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from llmvis.index.planner import KINDS
 from llmvis.schema import FORMAT_VERSION, UserError
-from llmvis.storage import StorageError, Store, open_store
+from llmvis.storage import StorageError, Store, open_store, sha256_bytes
 
 SOURCE = "_source"
 """In a hit's metadata: which of the index's sources opens its picture."""
@@ -66,6 +70,21 @@ def read_current(store: Store) -> dict[str, Any]:
     return manifest
 
 
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Hex sha256 of what a version of an index is: the same for the same files in the same order."""
+    return sha256_bytes(json.dumps(manifest, sort_keys=True).encode())
+
+
+def check_fingerprint(store: Store, manifest: dict[str, Any], fingerprint: str) -> None:
+    """Raises `IndexMismatchError` unless the index was made by the encoder of that fingerprint."""
+    model = manifest["model"]
+    if model["fingerprint"] != fingerprint:
+        raise IndexMismatchError(
+            f"{store.uri} was made with {model['name']} ({model['fingerprint'][:12]}…), the query comes from a model "
+            f"with fingerprint {fingerprint[:12]}…; search with the same model, or encode anew"
+        )
+
+
 def _problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest, whose hash is right: whoever can write an index can write that too."""
     model, sources, shards = (manifest.get(key) for key in ("model", "sources", "shards"))
@@ -90,10 +109,14 @@ def _problem(manifest: dict[str, Any]) -> str | None:
     if approximate:
         if problem := _bad_file(manifest.get("trained"), r"shards/\d{6}\.trained"):
             return f"what it was trained to {problem}"
+        if not all(_number(shard["lists"].get("fit")) for shard in shards):
+            return "a shard's lists do not say how vectors fit them"
         if problem := _bad_tuning(manifest):
             return problem
     rows = sum(shard["rows"] for shard in shards)
-    return None if manifest.get("rows") == rows else f"it counts {manifest.get('rows')!r} rows for {rows}"
+    if manifest.get("rows") != rows:
+        return f"it counts {manifest.get('rows')!r} rows for {rows}"
+    return _bad_deleted(manifest["deleted"], rows) if "deleted" in manifest else None
 
 
 def _bad_file(file: Any, pattern: str) -> str | None:
@@ -104,8 +127,25 @@ def _bad_file(file: Any, pattern: str) -> str | None:
     return None
 
 
+def _bad_deleted(deleted: Any, rows: int) -> str | None:
+    """What is wrong with the entry of the deleted rows. The bitmap is of the rows there were when it was written."""
+    if problem := _bad_file(deleted, r"shards/\d{6}\.deleted"):
+        return f"its list of deleted rows {problem}"
+    if not _whole(deleted.get("bytes"), 1) or deleted["bytes"] > (rows + 7) // 8:
+        return f"its list of deleted rows has {deleted.get('bytes')!r} bytes for {rows} rows"
+    if not _whole(deleted.get("rows"), 1) or deleted["rows"] > rows:
+        return f"it counts {deleted.get('rows')!r} deleted rows of {rows}"
+    return None
+
+
 def _bad_tuning(manifest: dict[str, Any]) -> str | None:
-    tuned = manifest.get("tuned")
+    tuned, trained = manifest.get("tuned"), manifest["trained"]
+    if not _whole(trained.get("rows"), 1) or not all(
+        _number(trained.get(key)) for key in ("fit", "share_of_exact")
+    ):
+        return "it does not say what it was trained for"
+    if isinstance(tuned, dict) and not _number(tuned.get("share_of_exact")):
+        return "it does not say what a search costs"
     if not isinstance(manifest.get("factory"), str):
         return "it does not say how its vectors are compressed"
     if not isinstance(tuned, dict) or not all(_whole(tuned.get(key), 1) for key in ("nprobe", "candidates")):
@@ -119,6 +159,10 @@ def _bad_tuning(manifest: dict[str, Any]) -> str | None:
 
 def _whole(value: object, least: int) -> bool:
     return type(value) is int and value >= least
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def _share(value: object) -> bool:

@@ -1,24 +1,20 @@
-"""An open index: every file of it checked by its hash, vectors, lists and metadata memory-mapped.
-
-Flipped bits would load without an error and answer wrong, so no file is used before its hash is right;
-and since whoever can write an index can write right hashes, no file is trusted for its hash alone.
-"""
+"""An open index: every file of it checked by its hash, vectors, lists and metadata memory-mapped."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from llmvis.index import gpu
 from llmvis.index.ann import ListShards
-from llmvis.index.exact import F16, F32, I64, Shard, nearest, take
-from llmvis.index.manifest import SOURCE, IndexMismatchError, QueryShapeError, read_current
-from llmvis.index.where import mask, parse_where
+from llmvis.index.exact import F32, FEW_QUERIES, I64, Mask, Shard, nearest, nearest_of, take
+from llmvis.index.manifest import IndexMismatchError, QueryShapeError, check_fingerprint, read_current
+from llmvis.index.rows import Rows
+from llmvis.index.shard import open_vectors, several
 from llmvis.storage import StorageError, Store, open_store
 
 FEW_ROWS = 10_000
@@ -33,14 +29,15 @@ def open_index(path: str, fingerprint: str | None = None) -> Index:
     `IndexMismatchError` for another model.
     """
     store = open_store(path)
-    manifest = read_current(store)
-    if fingerprint is not None and manifest["model"]["fingerprint"] != fingerprint:
-        raise IndexMismatchError(
-            f"{store.uri} was made with {manifest['model']['name']} "
-            f"({manifest['model']['fingerprint'][:12]}…), the query comes from a model with fingerprint "
-            f"{fingerprint[:12]}…; search with the same model, or encode anew"
-        )
-    return Index(store, manifest)
+    while True:
+        manifest = read_current(store)
+        if fingerprint is not None:
+            check_fingerprint(store, manifest, fingerprint)
+        try:
+            return Index(store, manifest)
+        except StorageError:
+            if read_current(store)["version"] == manifest["version"]:
+                raise  # else two changes came while it was being opened, and its files are gone
 
 
 class Index:
@@ -52,47 +49,20 @@ class Index:
     def __init__(self, store: Store, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
         self.dim = int(manifest["model"]["dim"])
-        self.rows = int(manifest["rows"])
+        self.total = int(manifest["rows"])
+        """Rows in its shards, the deleted ones too: what global rows count."""
         self.sources: list[dict[str, Any]] = manifest["sources"]
         """What opens pictures again (`sources.open_reader`); a hit's metadata says which one."""
-        self._close = ExitStack()
         self._shards: list[Shard] = []
-        self._metadata: list[pa.Table] = []
         first = 0
-        for shard in manifest["shards"]:
-            vectors, metadata = self._open(store, shard)
+        opened = several(lambda shard: open_vectors(store, shard, self.dim), manifest["shards"])
+        for shard, vectors in zip(manifest["shards"], opened, strict=True):
             self._shards.append(Shard(first, vectors))
-            self._metadata.append(metadata)
-            first += len(vectors)
-        self._firsts = np.array([shard.first for shard in self._shards], np.int64)
+            first += shard["rows"]
         self._lists = None if manifest["kind"] == "flat" else _open_lists(store, manifest)
-
-    def _open(self, store: Store, shard: dict[str, Any]) -> tuple[F16, pa.Table]:
-        """A shard's vectors and metadata; raises `StorageError` where the files are not what the manifest says."""
-        names = {part: shard[part]["name"] for part in ("vectors", "metadata")}
-        paths = {part: store.fetch(name, shard[part]["sha256"]) for part, name in names.items()}
-        try:
-            vectors = read_vectors(paths["vectors"])
-            mapped = self._close.enter_context(pa.memory_map(str(paths["metadata"])))
-            metadata = pa.ipc.open_file(mapped).read_all()
-            metadata.validate()
-        except (ValueError, OSError) as error:
-            raise StorageError(
-                f"shard {names['vectors']} of {store.uri} cannot be read ({' '.join(str(error).split())[:200]}); "
-                "build the index anew"
-            ) from error
-        if vectors.dtype != np.dtype("<f2") or vectors.shape != (shard["rows"], self.dim):
-            raise IndexMismatchError(
-                f"shard {names['vectors']} is {vectors.dtype} {vectors.shape}, not float16 "
-                f"{(shard['rows'], self.dim)}; build the index anew"
-            )
-        if not vectors.flags.c_contiguous:
-            raise IndexMismatchError(f"shard {names['vectors']} is not in C order; build the index anew")
-        if metadata.num_rows != shard["rows"] or metadata.schema.get_field_index("id") < 0:
-            raise IndexMismatchError(
-                f"{names['metadata']} has not {shard['rows']} rows with an id; build the index anew"
-            )
-        return vectors, metadata
+        self._rows = Rows(store, manifest)
+        self.rows = self._rows.count
+        """Rows that are found, all but the deleted ones."""
 
     def search(
         self, queries: F32, k: int, *, where: str | None = None, exact: bool = False
@@ -100,7 +70,7 @@ class Index:
         """The `k` rows of largest inner product for each query, best first.
 
         `queries (Q, D)` float32 → scores `(Q, k')` float32 and global rows `(Q, k')` int64,
-        k' = k, or the number of rows to choose from where that is less. Scores are exact inner products
+        k' = k, or the number of living rows to choose from where that is less. Scores are exact inner products
         with the fp16 that vectors are kept in, also where an approximate index chose the rows.
 
         Args:
@@ -116,41 +86,65 @@ class Index:
             raise QueryShapeError(f"k is {k}; ask for at least 1")
         if not np.isfinite(queries).all():
             raise QueryShapeError("a query vector is not finite")
-        allowed = None if where is None else self._fulfil(where)
-        count = self.rows if allowed is None else len(allowed)
+        allowed = self._rows.allowed(where)
+        count = self.rows if where is None or allowed is None else int(np.count_nonzero(allowed))
         if self._lists is None or exact or self._quicker_exact(count, allowed is not None):
-            return nearest(self._shards, queries, k, allowed)
-        return self._by_lists(self._lists, queries, min(k, count), allowed)
+            return self._exact(queries, k, allowed)
+        return self._by_lists(self._lists, queries, min(k, count), allowed, count)
 
-    def _quicker_exact(self, count: int, filtered: bool) -> bool:
-        """Whether as many vectors are allowed as the lists of a search without a condition hold."""
+    def _exact(self, queries: F32, k: int, allowed: Mask | None) -> tuple[F32, I64]:
+        """By a GPU where there is one for a batch; what it has not surely found, and all else, by the processor."""
+        few = len(queries) <= FEW_QUERIES or 2 * k > gpu.MOST
+        if few or allowed is not None or self._on_gpu is None:
+            return nearest(self._shards, queries, k, allowed)
+        return self._proven(*self._on_gpu.propose(queries, k), queries, min(k, self.total))
+
+    def _proven(self, proposed: I64, others: F32, queries: F32, k: int) -> tuple[F32, I64]:
+        """The best of proposed rows `(Q, c)`; of all rows, where the others' best score `(Q,)` may be as good."""
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for query, some in enumerate(proposed):
+            scores[query], rows[query] = nearest_of(self._shards, queries[query], some, k)
+        open_ = np.flatnonzero(scores[:, -1] <= others)
+        if len(open_):
+            scores[open_], rows[open_] = nearest(self._shards, queries[open_], k)
+        return scores, rows
+
+    @functools.cached_property
+    def _on_gpu(self) -> gpu.FlatOnGpu | None:
+        """None where there is no GPU that the vectors fit on."""
+        if not self._shards or not gpu.available():
+            return None
+        try:
+            return gpu.FlatOnGpu([shard.vectors for shard in self._shards])
+        except RuntimeError:
+            return None
+
+    def _quicker_exact(self, count: int, masked: bool) -> bool:
+        """Whether as many vectors are allowed as the lists of a search of all hold."""
         tuned = self.manifest["tuned"]
         assert self._lists is not None
         return count == 0 or (
-            filtered and count <= max(FEW_ROWS, self.rows * tuned["nprobe"] / self._lists.lists)
+            masked and count <= max(FEW_ROWS, self.total * tuned["nprobe"] / self._lists.lists)
         )
 
-    def _by_lists(self, lists: ListShards, queries: F32, k: int, allowed: I64 | None) -> tuple[F32, I64]:
+    def _by_lists(
+        self, lists: ListShards, queries: F32, k: int, allowed: Mask | None, count: int
+    ) -> tuple[F32, I64]:
         """Compressed vectors name candidates, fp16 vectors the answer; more lists where they are fewer than k."""
         tuned = self.manifest["tuned"]
-        share = 1.0 if allowed is None else len(allowed) / self.rows
-        probes = min(
-            lists.lists, int(np.ceil(tuned["nprobe"] / share))
-        )  # as many compared as without condition
-        candidates = min(self.rows, int(np.ceil(tuned["candidates"] * max(1.0, k / 10))))
-        bits = None if allowed is None else _bitmap(allowed, self.rows)
+        # as many are compared as in a search of all
+        probes = min(lists.lists, int(np.ceil(tuned["nprobe"] * self.total / count)))
+        candidates = min(count, int(np.ceil(tuned["candidates"] * max(1.0, k / 10))))
         scores = np.empty((len(queries), k), np.float32)
         rows = np.empty(scores.shape, np.int64)
         todo = np.arange(len(queries))
         while len(todo):
-            found = lists.search(queries[todo], candidates, probes, bits)[1]
-            if found.max(initial=-1) >= self.rows:
+            found = lists.search(queries[todo], candidates, probes, allowed)[1]
+            if found.max(initial=-1) >= self.total:
                 raise StorageError("inverted lists name rows that the index has not; build it anew")
             enough = (found >= 0).sum(1) >= k
             for query, near in zip(todo[enough], found[enough], strict=True):
-                (scores[query],), (rows[query],) = nearest(
-                    self._shards, queries[query : query + 1], k, np.sort(near[near >= 0])
-                )
+                scores[query], rows[query] = nearest_of(self._shards, queries[query], near[near >= 0], k)
             todo = todo[~enough]
             if probes == lists.lists:
                 break
@@ -159,33 +153,25 @@ class Index:
             scores[todo], rows[todo] = nearest(self._shards, queries[todo], k, allowed)
         return scores, rows
 
-    def _fulfil(self, where: str) -> I64:
-        """Sorted global rows that fulfil a condition; a column that a shard lacks is null there."""
-        fields = {field.name: field for table in self._metadata for field in table.schema}
-        condition = parse_where(where, list(fields))
-        found = [np.empty(0, np.int64)]
-        for shard, table in zip(self._shards, self._metadata, strict=True):
-            for name in fields.keys() - set(table.column_names):
-                table = table.append_column(name, pa.nulls(table.num_rows, fields[name].type))
-            found.append(shard.first + np.flatnonzero(mask(table, condition)))
-        return np.concatenate(found)
-
     def vectors(self, rows: I64) -> F32:
         """The vectors `float32 (N, D)` of global rows `(N,)`."""
         return take(self._shards, rows).astype(np.float32)
 
     def metadata(self, rows: I64) -> list[dict[str, Any]]:
         """The metadata of global rows `(N,)`, in their order; `SOURCE` is a place in `sources`."""
-        found = []
-        for row in rows:
-            shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
-            (row_metadata,) = self._metadata[shard].slice(int(row - self._firsts[shard]), 1).to_pylist()
-            found.append({**row_metadata, SOURCE: self.manifest["shards"][shard]["source"]})
-        return found
+        return self._rows.metadata(rows)
+
+    def columns(self, rows: I64, names: Sequence[str]) -> pa.Table:
+        """These text columns of the metadata of global rows `(N,)`, in their order, and `SOURCE` (see `metadata`)."""
+        return self._rows.columns(rows, names)
 
     def ids(self) -> set[str]:
-        """The `id` of every row."""
-        return {row_id for metadata in self._metadata for row_id in metadata["id"].to_pylist()}
+        """The `id` of every living row."""
+        return self._rows.ids()
+
+    def rows_of(self, ids: pa.Array) -> I64:
+        """The global row of each of `ids (N,)`, texts, among the living: the first one; -1 where there is none."""
+        return self._rows.rows_of(ids)
 
     def __enter__(self) -> Index:
         return self
@@ -194,27 +180,18 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        self._shards, self._metadata, self._lists = [], [], None
-        self._close.close()
-
-
-def read_vectors(path: Path) -> F16:
-    """A .npy file's array, memory-mapped. Raises `ValueError` or `OSError` where it is none."""
-    mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped.view(np.ndarray)  # numpy's own class for maps makes each slice slow
+        if self._lists is not None:
+            self._lists.close()
+        self._shards, self._lists = [], None
+        self.__dict__.pop("_on_gpu", None)
+        self._rows.close()
 
 
 def _open_lists(store: Store, manifest: dict[str, Any]) -> ListShards:
     shards: Sequence[dict[str, Any]] = manifest["shards"]
     return ListShards(
         store.read_checked(manifest["trained"]["name"], manifest["trained"]["sha256"]),
-        [store.fetch(shard["lists"]["name"], shard["lists"]["sha256"]) for shard in shards],
+        several(lambda shard: store.fetch(shard["lists"]["name"], shard["lists"]["sha256"]), shards),
         [shard["rows"] for shard in shards],
         int(manifest["model"]["dim"]),
     )
-
-
-def _bitmap(rows: I64, count: int) -> npt.NDArray[np.uint8]:
-    flags = np.zeros(count, np.uint8)
-    flags[rows] = 1
-    return np.packbits(flags, bitorder="little")

@@ -22,14 +22,15 @@ FLAT_ROWS = 200_000
 """To here a scan takes some 20 ms a query on one core, and building anything else longer than it saves."""
 GRAPH_LISTS = 16_384
 """From so many lists on, centroids are found by a graph (HNSW) over them and not one by one."""
-POINTS_A_LIST = 64
-"""Training vectors for each centroid; k-means gains nothing from more."""
+POINTS_A_LIST = 40
+"""Training vectors for each centroid: more cost time and gain little (benchmarks/LOG.md)."""
+KMEANS_ITERATIONS = 4
 LEAST_POINTS_A_LIST = 39
 """Below it k-means makes poor centroids (faiss warns)."""
 SHARD_ROWS, MOST_SHARDS = 262_144, 64
 METADATA_BYTES = 100
 """Of a row, by experience: id, path, a short caption."""
-FLOPS = 2e10
+FLOPS = 5e10
 """Of one core, float32, as a build uses it: for estimates of time only."""
 
 
@@ -119,7 +120,7 @@ def plan_kind(kind: Kind, rows: int, dim: int, recall: float, why: str = "asked 
         build_bytes=max(
             (2 * dim + METADATA_BYTES) * min(rows, shard_rows), code * min(rows, shard_rows), 4 * dim * train
         ) + coarse,
-        build_core_s=round((10 * 2.0 * dim * lists * train + compared * rows) / FLOPS + rows * 4e-6, 1),
+        build_core_s=round((KMEANS_ITERATIONS * 2.0 * dim * lists * train + compared * rows) / FLOPS + rows * 4e-6, 1),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from llmvis.index.exact import F32, I64, Shard, nearest
 TRUE = 10
 """Answers that recall is of."""
 CANDIDATES = tuple(TRUE * 2**i for i in range(8))
+STEP = 2**0.5
+"""By which the lists probed grow from one try to the next."""
 SEEK_BYTES = 8_192
 """Reading one vector at a random place takes as long as so many bytes in a row."""
 
@@ -46,7 +48,9 @@ def tune(
     points: list[dict[str, Any]] = []
     probes, met = 1, 0
     while True:
-        found = lists.search(queries, CANDIDATES[-1], probes)[1]
+        found = lists.search(
+            queries, min(CANDIDATES[-1], sum(len(shard.vectors) for shard in shards)), probes
+        )[1]
         place = _places(found, truth)
         for candidates in CANDIDATES:
             each = (place < candidates).mean(1)
@@ -57,9 +61,9 @@ def tune(
                 | {"sure": float(each.mean()) - error}
             )
         met += points[-1]["sure"] >= target
-        if met == 2 or probes >= lists.lists:  # once more: probing more may let fewer candidates do
+        if met == 3 or probes >= lists.lists:  # once more: probing more may let fewer candidates do
             break
-        probes = min(2 * probes, lists.lists)
+        probes = min(max(probes + 1, round(probes * STEP)), lists.lists)
     good = [point for point in points if point["sure"] >= target]
     chosen = (
         min(good, key=lambda point: point["cost"])
