@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -236,6 +236,85 @@ class DatasetConfig:
         check_file(self.json)
         if (self.index is None) != (self.gates.in_index is None):
             raise UserError("--index and --in-index go together: which index, and how near is too near")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSearchConfig:
+    """Search an index with many queries: texts, vectors, encoded pictures, or the index's own pictures.
+
+    One row a query, with its hits and all columns of its own file. Killed? Run the same command again and it goes on
+    where it stopped. Without --queries the index's pictures are the queries, each without itself; with
+    --near-duplicates they are gathered into groups of near-same pictures: duplicates.parquet and duplicates.png say
+    which, redundant.txt has the ids of all but the first of each group.
+
+    For example:
+
+      python -m jobs.search --queries queries.csv --index idx/ --out hits/ -k 20
+
+      python -m jobs.search --queries enc/ --index idx/ --out hits/ --min-score 0.8
+
+      python -m jobs.search --index idx/ --out neighbours/ -k 10
+
+      python -m jobs.search --near-duplicates 0.95 --index idx/ --out copies/
+    """
+
+    index: str
+    """Folder that `jobs.index` made."""
+    out: str
+    """Folder for the result: data/*.parquet with a row a query, dead/, manifest.json, report.json."""
+    queries: str | None = None
+    """A .txt file (a text a line), .csv, .jsonl or .parquet with a column of texts; Parquet files with a column of vectors; the --out of `jobs.encode`; or an index (default: --index itself)."""
+    text_column: str | None = None
+    """The column of texts (default: prompt, text or caption)."""
+    vector_column: str | None = None
+    """Parquet: the column of vectors (default: embedding, where there are no texts)."""
+    k: Annotated[int | None, tyro.conf.arg(aliases=["-k"])] = None
+    """Hits of each query (default: 10; 64 with --near-duplicates)."""
+    where: str | None = None
+    """Only pictures whose metadata fulfil this are found; see `llmvis search --help`."""
+    exact: bool = False
+    """Compare with every vector, whatever the kind of the index."""
+    min_score: float | None = None
+    """Leave out hits with a lower cosine; a query may then have fewer, or none."""
+    near_duplicates: float | None = None
+    """Find groups of pictures with this cosine or more, such as 0.95. A picture with more than -k near-same ones is linked to the rest through them, or not at all."""
+    model: str | None = None
+    """Where the index's model lies, if not where it was encoded; only texts need it."""
+    dry_run: bool = False
+    """Print the plan and stop; nothing is written and no cluster started."""
+    actors: int | None = None
+    """Searches that run at a time, each with a copy of the model where there are texts (default: one a GPU, or one a CPU)."""
+    gpus_per_actor: float | None = None
+    """GPUs for each model, also a fraction; 0 keeps it on CPUs (default: 1 where there are texts and GPUs)."""
+    num_cpus: int | None = None
+    """CPUs to use when a local cluster is started (default: all)."""
+    shard_items: int = 512
+    """Queries in a shard: searched at once, and the unit of retry and resume."""
+    timeout: float = 1800.0
+    """Seconds for a shard in one stage; a worker that takes longer is taken to hang, and its items are done one by one."""
+    json: str | None = None
+    """Write the report there too, as JSON."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "k", "actors", "num_cpus", "shard_items")
+        at_least(self, 0, "gpus_per_actor")
+        at_least(self, 1, "timeout")
+        check_file(self.json)
+        for name in ("min_score", "near_duplicates"):
+            value = getattr(self, name)
+            if value is not None and not -1 <= value <= 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but it is a cosine: give -1 to 1")
+        if self.near_duplicates is not None:
+            for name in ("queries", "where", "min_score"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"--near-duplicates compares all pictures of --index: leave --{name.replace('_', '-')} out"
+                    )
+
+    @property
+    def hits(self) -> int:
+        """`k`, or what stands for it."""
+        return self.k or (10 if self.near_duplicates is None else 64)
 
 
 @dataclass(frozen=True, kw_only=True)

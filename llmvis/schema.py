@@ -50,6 +50,7 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"  # it took longer than an item may
     OUT_OF_MEMORY = "out_of_memory"  # it wanted more memory than an item may have
     MODEL_ERROR = "model_error"  # the model gave NaN or infinity for this item
+    BAD_VECTOR = "bad_vector"  # a query's vector of another dimension, not finite, or all zeros
     BLANK = "blank"  # a made picture of nearly one colour
     LOW_SCORE = "low_score"  # a made picture that scores below the minimum asked for
     DUPLICATE_PICTURE = "duplicate_picture"  # a made picture with the same pixels as an earlier one

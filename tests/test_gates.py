@@ -29,6 +29,7 @@ from llmvis.gates import (
     scores,
 )
 from llmvis.images import decode
+from llmvis.index.seen import Seen
 from llmvis.ledger import dead_row
 from llmvis.schema import DEAD_LETTER, ItemError, Reason, UserError
 from tests.catalogue import encoded, gradient16, photo
@@ -379,6 +380,49 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(gates, "KEPT_BLOCK", kept)
         found.append(decide(rows, CONFIGS["all"]))
     assert found[0] == found[1] == found[2]
+
+
+def with_copies(n: int, dim: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """N unit vectors around some centres, the last third of them near copies (cosine about .985) of an earlier one."""
+    rng = np.random.default_rng(11)
+    first = 2 * n // 3
+    rows = rng.standard_normal((200, dim))[rng.integers(0, 200, first)] + rng.standard_normal((first, dim))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    copied = rng.integers(0, first, n - first)
+    noise = rng.standard_normal((n - first, dim))
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    rows = np.concatenate([rows, rows[copied] + 0.175 * noise])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16), copied
+
+
+def test_many_rows_are_judged_by_lists_almost_as_by_comparing_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = with_copies(20_000)
+    everyone = GateRows(
+        group=[""] * len(rows), blank=np.zeros(len(rows), bool), digest=list(map(str, range(len(rows)))),
+        embedding=rows,
+    )  # fmt: skip
+    config = GateConfig(near_duplicates=0.97)
+    monkeypatch.setattr(gates, "LISTS_FROM", 10**9)
+    exact = np.array([reason is not None for reason in decide(everyone, config)])
+    monkeypatch.setattr(gates, "LISTS_FROM", 2_000)
+    asked = []
+    near = Seen.near
+    monkeypatch.setattr(Seen, "near", lambda *given: asked.append(len(given[1])) or near(*given))
+    listed = np.array([reason is not None for reason in decide(everyone, config)])
+    assert sum(asked) > 15_000, "lists were not used"
+    assert exact.sum() > 6_000
+    assert (exact & ~listed).sum() <= 0.001 * exact.sum()
+    assert (listed & ~exact).sum() <= 0.001 * exact.sum()
+
+
+def test_few_kept_rows_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_lists", lambda *given: pytest.fail("lists for so few"))
+    rows = np.repeat(with_copies(30)[0], 400, axis=0)
+    reasons = decide(
+        GateRows(group=[""] * len(rows), blank=None, digest=None, embedding=rows),
+        GateConfig(blank=False, duplicates=False, near_duplicates=0.97),
+    )
+    assert len(rows) > gates.LISTS_FROM and reasons.count(None) <= 30
 
 
 def test_a_near_duplicate_of_one_that_went_stays() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -115,8 +116,8 @@ def captions(column: pa.Array | pa.ChunkedArray, where: str) -> list[str | None]
     return found
 
 
-def carried(fields: Sequence[pa.Field], where: str) -> list[pa.Field]:
-    """The fields under which a user's columns are carried along, each name once and none of ours.
+def carried(fields: Sequence[pa.Field], where: str, ours: AbstractSet[str] = RESERVED) -> list[pa.Field]:
+    """The fields under which a user's columns are carried along, each name once and none of `ours`.
 
     Raises `SourceError` where two columns have one name.
     """
@@ -124,11 +125,11 @@ def carried(fields: Sequence[pa.Field], where: str) -> list[pa.Field]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise SourceError(f"{where} has two columns called {sorted(twice)[0]!r}; rename one")
-    taken = RESERVED | set(names)
+    taken = ours | set(names)
     found = []
     for field in fields:
         name = field.name
-        while name in (RESERVED if name == field.name else taken):
+        while name in (ours if name == field.name else taken):
             name = f"source_{name}"
         taken = taken | {name}
         found.append(field.with_name(name).with_nullable(True))

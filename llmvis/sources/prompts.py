@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,11 +70,9 @@ class PromptSource:
     ) -> None:  # fmt: skip
         self._seeds, self._negative = list(seeds), negative
         self._lists = {name: list(texts) for name, texts in (lists or {}).items()}
-        self._file, data = _file(prompts)
-        self._sha256 = sha256_bytes(data)
-        self._table = _read(self._file, data) if self._file else pa.table({"prompt": [prompts]})
+        read = read_texts(prompts, prompt_column, "--prompt-column")
+        self._file, self._sha256, self._table, self._prompt = read.file, read.sha256, read.table, read.column
         where = self._file or "the prompt"
-        self._prompt = _pick(self._table.schema, prompt_column, where)
         own = {self._prompt, "negative", "seed"}
         others = [f for f in self._table.schema if f.name not in own and can_carry(f.type)]
         self._others = [field.name for field in others]
@@ -145,6 +143,26 @@ class PromptSource:
         return listing_table(listed, pa.table(columns, schema=pa.schema(self.user_columns)))
 
 
+class Texts(NamedTuple):
+    """A file of texts, read."""
+
+    file: str | None  # None: it was no file, but a text
+    sha256: str
+    table: pa.Table
+    column: str  # of `table`: the texts
+
+
+def read_texts(given: str, column: str | None, flag: str) -> Texts:
+    """The file that `given` names, or the one text that it is; `flag` is how people name its `column`.
+
+    Raises `SourceError` where the file cannot be read, is empty, or has no such column.
+    """
+    file, data = _file(given)
+    table = _read(file, data) if file else pa.table({"prompt": [given]})
+    picked = _pick(table.schema, column, flag, file or "the text")
+    return Texts(file=file, sha256=sha256_bytes(data), table=table, column=picked)
+
+
 def _file(prompts: str) -> tuple[str | None, bytes]:
     """The file that `prompts` names, and its bytes; None and the prompt's own bytes where it names none."""
     if "\n" in prompts or len(prompts) >= 4096:
@@ -196,12 +214,12 @@ def _read(file: str, data: bytes) -> pa.Table:
         raise SourceError(f"{file}: a column mixes kinds: {error}") from error
 
 
-def _pick(schema: pa.Schema, asked: str | None, where: str) -> str:
+def _pick(schema: pa.Schema, asked: str | None, flag: str, where: str) -> str:
     for name in (asked,) if asked else PROMPT_COLUMNS:
         if name in schema.names:
             return str(name)
     raise SourceError(
-        f"{where} has no column {asked or 'prompt'!r}; it has {', '.join(schema.names)}: name one with --prompt-column"
+        f"{where} has no column {asked or 'prompt'!r}; it has {', '.join(schema.names)}: name one with {flag}"
     )
 
 
