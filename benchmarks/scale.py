@@ -1,9 +1,9 @@
 """What a collection of any size costs, from unit costs measured on this machine: core-hours, bytes, requests.
 
-`measure` takes the unit costs in time of one core, which a busy machine does not stretch much, and writes
-them as JSON; `estimate` is arithmetic on them. It
-knows no prices and no GPU: models were not measured on one, so put in your own pictures a second. Time to
-move bytes over a network is not in it, nor what retries cost.
+`measure` takes the unit costs in time of one core, which a busy machine does not stretch much; `estimate` is
+arithmetic on them. `ratio` is the share of a picture's time that the model on CPUs takes, the rest being listing,
+decoding and counting up. It knows no prices and no GPU: models were not measured on one, so put in your own
+pictures a second. Time to move bytes over a network is not in it, nor what retries cost.
 
     python -m benchmarks.scale --measure --json benchmarks/scale.json     # minutes
     python -m benchmarks.scale --images 100000000 1000000000
@@ -219,6 +219,12 @@ def _shards(folder: Path, count: int = 2_000) -> tuple[float, float]:
     return took * 1e3 / count, peak / count
 
 
+def model_share(units: Units) -> float:
+    """Of the time of one core that a picture takes."""
+    others = units.decode_ms + units.finish_shard_ms / SHARD_ITEMS + 1e3 / units.list_items_s
+    return units.encode_ms / (units.encode_ms + others)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     images: tuple[int, ...] = (100_000_000, 1_000_000_000)
@@ -230,7 +236,7 @@ class Config:
     measure: bool = False
     """Measure the unit costs anew, on this machine, instead of reading them."""
     json: str | None = None
-    """With --measure: write the unit costs there."""
+    """Write the figures there, the unit costs among them."""
 
 
 NAMES = {
@@ -262,15 +268,17 @@ def main(config: Config) -> None:
             again = [sys.executable, "-m", "benchmarks.scale", *sys.argv[1:]]
             os.execve(sys.executable, again, os.environ | KEEP_FREED_MEMORY)
         with tempfile.TemporaryDirectory() as folder:
-            units = measure(Path(folder))
-        if config.json:
-            told = {name: float(f"{value:.4g}") for name, value in asdict(units).items()}
-            Path(config.json).write_text(json.dumps(told, indent=1) + "\n")
+            taken = asdict(measure(Path(folder)))
+        units = Units(**{name: float(f"{value:.4g}") for name, value in taken.items()})
     else:
-        units = Units(**json.loads(UNITS.read_text()))
+        units = Units(**json.loads(UNITS.read_text())["units"])
     found = [
         asdict(estimate(units, n, node_cores=config.node_cores, nodes=config.nodes)) for n in config.images
     ]
+    if config.json:
+        estimates = dict(zip(map(str, config.images), found, strict=True))
+        figures = {"ratio": round(model_share(units), 4), "units": asdict(units), "estimates": estimates}
+        Path(config.json).write_text(json.dumps(figures, indent=1) + "\n")
     table = Table("", *(f"{n:,}" for n in config.images))
     for name, title in NAMES.items():
         table.add_row(title, *(shown(one[name]) for one in found))

@@ -180,15 +180,17 @@ def evaluate_reconstruct(side: int, run: Synthesise, judge: Judge, most: int | N
         made = np.stack(run("reconstruct", Rows(pictures=real)))
         seconds = (time.perf_counter() - begun) / len(real)
         known = on_white(np.array(everything.pixels[everything.where("train")]))
-        controls = {
-            "constant": distortion(np.broadcast_to(known.mean(0).astype(np.uint8), real.shape), real),
-            "nearest": distortion(known[nearest(real, known)], real),
-            "shuffled": distortion(np.roll(made, 1, 0), real),
+        real_features = judge.features(real)
+        scored = {
+            kind: distortion(x, real) | {"fd_lite0": frechet_distance(judge.features(x), real_features)}
+            for kind, x in (
+                ("made", made),
+                ("constant", np.broadcast_to(known.mean(0).astype(np.uint8), real.shape)),
+                ("nearest", known[nearest(real, known)]),
+                ("shuffled", np.roll(made, 1, 0)),
+            )
         }
-        fd = {"fd_lite0": frechet_distance(judge.features(made), judge.features(real))}
-        splits[name] = (
-            distortion(made, real) | fd | {"pool": len(real), "seconds": seconds, "controls": controls}
-        )
+        splits[name] = scored.pop("made") | {"pool": len(real), "seconds": seconds, "controls": scored}
         grids.append(
             _grid(f"reconstruct: {name}", [("real", real[:SHOWN]), ("made", made[:SHOWN])], captions[:SHOWN])
         )

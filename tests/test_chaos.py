@@ -33,8 +33,9 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> kills.Laboratory:
     return kills.Laboratory(tmp_path_factory.mktemp("chaos") / "laboratory")
 
 
+@pytest.mark.parametrize("job", ["generate", "search"])
 def test_kills_between_data_and_marker_and_of_actor_and_driver_lose_nothing(
-    laboratory: kills.Laboratory, tmp_path: Path
+    laboratory: kills.Laboratory, tmp_path: Path, job: str
 ) -> None:
     """Each driver has a Ray of its own here; `make chaos` has one for all, and kills its nodes too."""
     faults = [
@@ -45,7 +46,7 @@ def test_kills_between_data_and_marker_and_of_actor_and_driver_lose_nothing(
         {"role": "driver", "point": "before manifest", "shard": None},
     ]
     laid_out = [{"id": str(i), "do": "kill", **fault} for i, fault in enumerate(faults)]
-    outcome = laboratory.run_engine(kills.Scenario(job="generate", faults=laid_out), tmp_path / "out")
+    outcome = laboratory.run_engine(kills.Scenario(job=job, faults=laid_out), tmp_path / "out")
     assert len(outcome.fired) == 5 and outcome.reruns == 1, outcome
     assert outcome.good, outcome.verdict
 
@@ -65,24 +66,48 @@ def test_a_full_disk_in_a_worker_ends_the_job_with_words_and_it_goes_on(
     assert judge.judge_job(out, laboratory.calm("encode")).good
 
 
-@pytest.mark.parametrize("number", range(0, 26, 4))
-def test_an_index_killed_while_it_is_published_serves_on_and_is_built_again(
-    laboratory: kills.Laboratory, tmp_path: Path, number: int
+@pytest.mark.parametrize(
+    ("job", "point"),
+    [
+        ("index", "half vectors"), ("index-add", "before current"), ("index-add", "after current"),
+        ("index-compact", "half building"), ("index-compact", "whole manifest"), ("index-delete", "half deleted"),
+        ("index-delete", "before sweep"),
+    ],
+)  # fmt: skip
+def test_an_index_killed_while_it_is_published_serves_on_and_the_rerun_completes_it(
+    laboratory: kills.Laboratory, tmp_path: Path, job: str, point: str
 ) -> None:
-    if not (laboratory.work / "index").exists():
+    change(laboratory, job, {"driver": [point]}, tmp_path / "out")
+
+
+def test_an_approximate_index_whose_driver_and_tasks_are_killed_is_built_as_without(
+    laboratory: kills.Laboratory, tmp_path: Path
+) -> None:
+    """Tasks write its shards and lists; `make chaos` kills nodes, too."""
+    points = {"driver": ["half trained"], "task": ["half vectors", "end sample", "whole lists"]}
+    change(laboratory, "lists", points, tmp_path / "out")
+
+
+def change(laboratory: kills.Laboratory, job: str, points: dict[str, list[str]], out: Path) -> None:
+    if not (laboratory.work / "new").exists():
         laboratory.prepare_index()
-    scenario = kills.index_scenarios(seed=1, count=26)[number]
-    outcome = laboratory.run_index(scenario, tmp_path / "out")
-    assert outcome.fired, "the kill did not fire"
+    places = [(role, point) for role, some in points.items() for point in some]
+    faults = [
+        {"id": str(i), "role": role, "point": point, "shard": None, "do": "kill"}
+        for i, (role, point) in enumerate(places)
+    ]
+    outcome = laboratory.run_index(kills.Scenario(job=job, faults=faults), out)
+    assert len(outcome.fired) == len(faults), "a kill did not fire"
     assert outcome.good, outcome.verdict
 
 
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
 def test_any_call_to_the_file_system_may_fail(tmp_path: Path, for_ever: bool) -> None:
     for subject in nth.subjects(tmp_path):
-        found = nth.loop(subject, tmp_path / "runs", for_ever=for_ever, step=3, first=1 + for_ever)
+        step = 15 if subject.name.startswith("lists") else 3
+        found = nth.loop(subject, tmp_path / "runs", for_ever=for_ever, step=step, first=1 + for_ever)
         assert not found.wrong
-        assert found.tried == -(-(found.calls - for_ever) // 3), "a call was not reached"
+        assert found.tried == -(-(found.calls - for_ever) // step), "a call was not reached"
 
 
 @mounts

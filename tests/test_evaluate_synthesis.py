@@ -14,6 +14,7 @@ import torch
 
 from llmvis.cluster.evaluate import on_actors
 from llmvis.evaluation_synthesis import (
+    METRICS,
     Judge,
     Rows,
     commonest,
@@ -84,7 +85,7 @@ def test_reconstruction_is_scored_beside_its_controls() -> None:
     assert result["grids"][0].captions
 
 
-@pytest.mark.parametrize("task", ["reconstruct", "translate", "generate", "caption", "enhance"])
+@pytest.mark.parametrize("task", ["reconstruct", "translate", "generate", "caption", "imagine", "enhance"])
 def test_the_command_writes_figures_and_a_page_of_the_shipped_model(task: str, tmp_path: Path) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     command = [sys.executable, "-m", "jobs.evaluate", "--task", task, "--max-rows", "3"]
@@ -92,18 +93,26 @@ def test_the_command_writes_figures_and_a_page_of_the_shipped_model(task: str, t
         [*command, "--json", str(figures), "--html", str(page)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(figures.read_text())
+    result = json.loads(figures.read_text(), parse_constant=no_number)
     wanted = {
         "reconstruct": {"psnr", "ssim", "fd_lite0"},
         "translate": {"psnr", "ssim", "l1", "fd_lite0"},
         "generate": {"r_at_1", "r_at_10", "fd_lite0"},
         "caption": {"token_accuracy", "r_at_10"},
+        "imagine": {"r_at_1", "r_at_10"},
         "enhance": {"psnr", "ssim", "l1"},
     }[task]
-    assert wanted <= result.keys() and result["task"] == task and result["seconds"] > 0
-    for control in result["controls"].values():
-        assert set(control) & wanted
+    assert wanted <= result.keys() and result["task"] == task
+    assert task == "imagine" or result["seconds"] > 0
+    controls = result["controls"].values()
+    assert all(set(control) & wanted for control in controls)
+    for metric in set(METRICS) & result.keys() - {"seconds"}:
+        assert any(metric in control for control in controls), f"{metric} has no control"
     assert page.read_text().count("<img") >= 3 and "<script" not in page.read_text()
+
+
+def no_number(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
 
 
 def test_actors_on_ray_give_what_this_process_gives(ray_cluster: None) -> None:

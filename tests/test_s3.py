@@ -21,11 +21,16 @@ import tiny
 from botocore.config import Config
 from s3_server import BUCKET, FAULTS, Faults, Server, faulty
 
+from llmvis import cli
+from llmvis.cleanup import clean
+from llmvis.config import FilterConfig
 from llmvis.index import open_index
-from llmvis.ledger import read_data, read_manifest
+from llmvis.inspection import inspect_folder
+from llmvis.ledger import parquet_bytes, read_data, read_manifest
 from llmvis.schema import item_id
 from llmvis.sources import SourceError
 from llmvis.sources.prompts import PromptSource
+from llmvis.sources.queries import open_queries
 from llmvis.storage import LocalStore, LockedError, StorageError, Store, open_store, s3_client, s3_lock
 from llmvis.storage import s3 as s3_module
 from llmvis.storage.s3 import S3Store
@@ -305,6 +310,21 @@ def test_prompts_lie_in_s3_too(s3: Server) -> None:
         PromptSource(s3.uri("asked/none.csv"), seeds=[0])
 
 
+def test_queries_lie_in_s3_too(s3: Server) -> None:
+    store = open_store(s3.uri("queries"))
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0] * 8, pa.float32()), 4)
+    store.write("a.csv", b"text\nred\ngreen\n")
+    store.write("texts.parquet", parquet_bytes(pa.table({"text": ["red", "green"]})))
+    for name in ("vectors.parquet", "several/vectors.parquet"):
+        store.write(name, parquet_bytes(pa.table({"embedding": vectors})))
+    for name in ("a.csv", "texts.parquet", "vectors.parquet", "several"):
+        source = open_queries(s3.uri(f"queries/{name}"), None, None)
+        assert source.texts == (name in ("a.csv", "texts.parquet"))
+        assert sum(table.num_rows for table in source.listing()) == 2
+    with pytest.raises(SourceError, match=r"none\.csv cannot be read"):
+        open_queries(s3.uri("queries/none.csv"), None, None)
+
+
 def drive(images: str, out: str, env: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, str(TESTS / "tiny.py"), images, out]
     return subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
@@ -369,3 +389,79 @@ def test_an_index_on_s3_is_built_added_to_and_searched(s3: Server, tmp_path: Pat
     cached.write_bytes(b"damaged")  # is noticed, and fetched again
     with open_index(s3.uri("idx/idx")) as opened:
         assert (opened.search(tiny.TinyEncoder().encode_texts(["red"]), 3)[1] == rows).all()
+
+
+CHANGES = """
+import sys
+import tiny_search
+from jobs import index
+from llmvis import cli
+from llmvis.cluster.session import session
+from llmvis.config import IndexConfig
+from llmvis.config_bulk import BatchSearchConfig
+from llmvis.config_ops import DeleteConfig
+from llmvis.index import planner
+
+planner.SHARD_ROWS = 30
+some, all_of_them, idx, ids, queries, out = sys.argv[1:]
+with session(num_cpus=2):
+    index.run(IndexConfig(embeddings=some, out=idx, kind="ivf_sq8", recall=0.9))
+    index.run(IndexConfig(embeddings=all_of_them, out=idx, add=True))
+    cli.run_delete(DeleteConfig(index=idx, ids=ids))
+    tiny_search.run(BatchSearchConfig(index=idx, queries=queries, out=f"{out}/before", k=5))
+    index.run(IndexConfig(out=idx, compact=True, retrain=True))
+    tiny_search.run(BatchSearchConfig(index=idx, queries=queries, out=f"{out}/after", k=5))
+"""
+
+
+def test_lists_are_made_added_to_thinned_compacted_and_asked_on_bad_s3_by_tasks(
+    s3: Server, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LLMVIS_CACHE", str(tmp_path / "cache"))
+    tiny.pictures(tmp_path / "images", 120)
+    upload(tmp_path / "images", s3.uri("lists/images"))
+    with drive(s3.uri("lists/images"), s3.uri("lists/enc-all"), {}) as run:
+        assert run.wait(timeout=240) == 0
+    whole, some = open_store(s3.uri("lists/enc-all")), open_store(s3.uri("lists/enc-some"))
+    manifest = whole.read_json("manifest.json")
+    files = manifest["files"][:10]
+    for file in files:
+        some.write(file["name"], whole.read(file["name"]))
+    some.write_json("manifest.json", {**manifest, "files": files, "rows": 80})
+    colours = list(tiny.COLOURS)
+    open_store(s3.uri("lists")).write("asked.csv", "\n".join(["text", *colours]).encode())
+    ids = [item_id(f"{i:05}.png".encode()) for i in range(120)]
+    gone = ids[::4]
+    open_store(s3.uri("lists")).write("gone.txt", "\n".join(gone).encode())
+    places = ("enc-some", "enc-all", "idx", "gone.txt", "asked.csv", "out")
+    command = [sys.executable, "-c", CHANGES, *(s3.uri(f"lists/{place}") for place in places)]
+    faults = Faults({"busy": 0.03, "reset": 0.02, "cut": 0.02}, lost_answers=0.03, seed=4)
+    with faulty(s3, faults) as bad:
+        done = subprocess.run(command, env={**os.environ, **bad.env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert min(faults.fired[name] for name in ("busy", "reset", "cut", "lost")) >= 1, faults.fired
+    uri = s3.uri("lists/idx")
+    assert inspect_folder(uri, check_hashes=True)["healthy"] and not clean(uri, dry_run=True)
+    assert open_store(uri).top() == ["CURRENT", "manifests", "shards"]
+    with open_index(uri, tiny.INFO.fingerprint) as opened:
+        assert len(opened.manifest["shards"]) > 2 and opened.manifest["kind"] == "ivf_sq8"
+        assert opened.ids() == set(ids) - set(gone) and opened.total == opened.rows
+        best = opened.search(tiny.TinyEncoder().encode_texts(colours), 5, exact=True)[1]
+        wanted = {
+            name: [row["id"] for row in opened.metadata(rows)]
+            for name, rows in zip(colours, best, strict=True)
+        }
+    for when in ("before", "after"):
+        store = open_store(s3.uri(f"lists/out/{when}"))
+        rows = [
+            row
+            for file in read_manifest(store, "search")["files"]
+            for row in read_data(store, file).to_pylist()
+        ]
+        found = {row["text"]: [hit["id"] for hit in row["hits"]] for row in rows}
+        assert found.keys() == wanted.keys() and not {i for some in found.values() for i in some} & set(gone)
+        same = sum(len(set(found[name]) & set(wanted[name])) for name in colours)
+        assert same >= 0.9 * 5 * len(colours)
+    monkeypatch.setattr(cli, "load_encoder", tiny.load)
+    cli.run_filter(FilterConfig(index=uri, text="red", out=str(tmp_path / "red"), most=3))
+    assert len(list((tmp_path / "red").glob("**/*.png"))) == 3

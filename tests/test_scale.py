@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
-from benchmarks.scale import UNITS, Units, estimate, measure
+from benchmarks.scale import UNITS, Units, estimate, measure, model_share
 
 ROUND = Units(
     decode_ms=1,
@@ -44,8 +47,31 @@ def test_a_started_shard_and_page_count_whole() -> None:
 
 def test_the_figures_on_record_are_of_these_units() -> None:
     told = json.loads(UNITS.read_text())
-    assert set(told) == {field.name for field in fields(Units)}
-    assert all(value > 0 for value in told.values())
+    assert set(told["units"]) == {field.name for field in fields(Units)}
+    assert all(value > 0 for value in told["units"].values())
+    assert told["ratio"] == round(model_share(Units(**told["units"])), 4)
+
+
+def test_the_share_of_the_model_is_of_all_that_a_picture_takes() -> None:
+    """9 ms of it, 1 to decode, 0.1 to list, 1 / 256 to count up."""
+    assert model_share(ROUND) == pytest.approx(9 / (9 + 1 + 0.1 + 1 / 256))
+
+
+HELPERS = {"bulk", "synthetic", "autofaiss_peer"}
+BENCHMARKS = sorted(path.stem for path in UNITS.parent.glob("*.py") if path.stem not in HELPERS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_writes_a_ratio_where_it_is_told(name: str) -> None:
+    """Most take minutes, so it is looked for where their figures are put together."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert "json" in {field.name for field in fields(module.Config)}
+    written = ast.parse(Path(inspect.getfile(module.Config)).read_text())
+    keys = {
+        key.value for node in ast.walk(written) if isinstance(node, ast.Dict)
+        for key in node.keys if isinstance(key, ast.Constant)
+    }  # fmt: skip
+    assert "ratio" in keys
 
 
 def test_units_are_measured(tmp_path: Path) -> None:

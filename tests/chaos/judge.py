@@ -41,8 +41,10 @@ class Verdict:
 
 def named_files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """All files that an engine job's manifest or an index's one names."""
-    shards = [shard[part] for shard in manifest.get("shards", []) for part in ("vectors", "metadata")]
-    return [*manifest.get("files", []), *manifest.get("dead", []), *shards]
+    of_shard = ("vectors", "metadata", "lists")
+    shards = [shard[part] for shard in manifest.get("shards", []) for part in of_shard if part in shard]
+    others = [manifest[part] for part in ("trained", "deleted") if part in manifest]
+    return [*manifest.get("files", []), *manifest.get("dead", []), *shards, *others]
 
 
 def unreadable(out: Path, manifest: dict[str, Any]) -> list[str]:
@@ -117,12 +119,20 @@ def current_index(out: Path) -> dict[str, Any]:
 
 
 def index_rows(out: Path) -> dict[str, bytes]:
-    """id → vector of an index's current version. Raises `ValueError` for an id that is there twice."""
+    """id → vector of an index's living rows. Raises `ValueError` for an id that is there twice."""
     found: dict[str, bytes] = {}
-    for shard in current_index(out)["shards"]:
+    manifest = current_index(out)
+    dead = np.zeros(manifest["rows"], np.uint8)
+    if "deleted" in manifest:
+        bits = np.fromfile(out / manifest["deleted"]["name"], np.uint8)
+        dead = np.unpackbits(bits, count=len(dead), bitorder="little")
+    rows = iter(dead)
+    for shard in manifest["shards"]:
         ids = pa.ipc.open_file(out / shard["metadata"]["name"]).read_all()["id"].to_pylist()
         vectors = np.load(out / shard["vectors"]["name"])
         for row_id, vector in zip(ids, vectors, strict=True):
+            if next(rows):
+                continue
             if row_id in found:
                 raise ValueError(f"{row_id} is there twice")
             found[row_id] = vector.tobytes()
@@ -132,10 +142,13 @@ def index_rows(out: Path) -> dict[str, bytes]:
 def judge_index(out: Path, calm: Path) -> Verdict:
     """An index against one that nothing happened to: the same vectors under the same ids, nothing left lying."""
     verdict = Verdict()
-    manifest = current_index(out)
+    manifest, asked = current_index(out), current_index(calm)
     verdict.unreadable = len(unreadable(out, manifest))
     if verdict.unreadable:
         return verdict
+    for part in ("kind", "rows"):  # rows: the dead ones too
+        if manifest[part] != asked[part]:
+            verdict.other.append(f"{part}: {manifest[part]} instead of {asked[part]}")
     try:
         found = index_rows(out)
     except ValueError:

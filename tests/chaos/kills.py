@@ -28,8 +28,9 @@ import numpy as np
 import ray
 import small_jobs
 from ray.cluster_utils import Cluster
-from small_jobs import ENGINE_JOBS, SHARDS
+from small_jobs import ENGINE_JOBS, INDEX_JOBS, SHARD_ROWS, SHARDS
 
+from llmvis.cleanup import clean
 from llmvis.index import open_index
 
 HERE = Path(__file__).resolve().parent
@@ -47,12 +48,32 @@ OF_DRIVERS = [
     "before sweep", "half report",
 ]  # fmt: skip
 OF_NODES = [("actor", "begin apply"), ("commit", "half data"), ("commit", "before marker")]
-OF_INDEX = [
-    "before vectors", "half vectors", "whole vectors", "before metadata", "half metadata", "before manifest",
-    "half manifest", "whole manifest", "before current", "half current", "whole current", "after current",
-    "before sweep",
-]  # fmt: skip
+
+
+def _written(*kinds: str) -> list[str]:
+    return [f"{when} {kind}" for kind in kinds for when in ("before", "half", "whole")]
+
+
+PUBLISHING = [*_written("manifest", "current"), "after current", "before sweep"]
 """`before current` is between manifest and CURRENT."""
+OF_INDEX = {
+    "index": [*_written("vectors", "metadata", "building"), *PUBLISHING],
+    "index-add": [*_written("vectors", "metadata", "building"), *PUBLISHING],
+    "index-compact": [*_written("vectors", "metadata", "building"), *PUBLISHING],
+    "index-delete": [*_written("deleted"), *PUBLISHING],
+    "lists": [*_written("building", "trained"), *PUBLISHING],
+    "lists-add": [*_written("building"), *PUBLISHING],
+    "lists-compact": [*_written("building", "trained"), *PUBLISHING],
+}
+"""Where drivers of `INDEX_JOBS` die; shards of the last three are made by tasks."""
+_SHARDS = ["begin write_shard", *_written("vectors", "metadata"), "end write_shard"]
+_LISTS = ["begin make_lists", "before lists", "whole lists", "after lists", "end make_lists"]
+_TRAINING = ["begin sample", "end sample", "begin train_sample", "end train_sample"]
+OF_TASKS = {
+    "lists": [*_SHARDS, *_TRAINING, *_LISTS],
+    "lists-add": [*_SHARDS, *_LISTS],
+    "lists-compact": [*_SHARDS, *_TRAINING, *_LISTS],
+}
 
 
 @dataclass(kw_only=True)
@@ -83,7 +104,7 @@ def engine_scenarios(seed: int, count: int) -> list[Scenario]:
     nodes = _endless(chance, OF_NODES)
     made = []
     for number in range(count):
-        job = ENGINE_JOBS[number % 3]
+        job = ENGINE_JOBS[number % len(ENGINE_JOBS)]
         shards = iter(chance.sample(range(SHARDS[job]), 6))
         faults: list[dict[str, Any]] = []
         for role, point in (next(workers) for _ in range(5)):
@@ -100,11 +121,20 @@ def engine_scenarios(seed: int, count: int) -> list[Scenario]:
 
 
 def index_scenarios(seed: int, count: int) -> list[Scenario]:
-    """Builds and additions, one kill each, at each point in turn."""
-    points = _endless(random.Random(seed), [(job, p) for p in OF_INDEX for job in ("index", "index-add")])
-    chosen = [next(points) for _ in range(count)]
-    fault = {"id": "0", "role": "driver", "shard": None, "do": "kill"}
-    return [Scenario(job=job, faults=[{**fault, "point": point}]) for job, point in chosen]
+    """Changes of an index: a driver's kill each, and where there are tasks those of three, or of two and a node."""
+    chance = random.Random(seed)
+    drivers = {job: _endless(chance, points) for job, points in OF_INDEX.items()}
+    tasks = {job: _endless(chance, points) for job, points in OF_TASKS.items()}
+    made, jobs = [], _endless(chance, list(INDEX_JOBS))
+    for _ in range(count):
+        job = next(jobs)
+        faults = [{"role": "driver", "point": next(drivers[job])}]
+        faults += [{"role": "task", "point": next(tasks[job])} for _ in range(3 if job in tasks else 0)]
+        if job in tasks and chance.random() < 0.5:
+            faults[-1]["do"] = "kill node"
+        laid_out = [{"id": str(i), "shard": None, "do": "kill", **fault} for i, fault in enumerate(faults)]
+        made.append(Scenario(job=job, faults=laid_out))
+    return made
 
 
 def _endless(chance: random.Random, things: list[Any]) -> Iterator[Any]:
@@ -152,20 +182,11 @@ class Laboratory:
     def drive(self, job: str, out: Path, **more: str) -> subprocess.CompletedProcess[str]:
         """One run of a job's driver."""
         env = environment(self.faults) | more
-        if self._cluster is not None:
+        if job in OF_TASKS:
+            env["CHAOS_SHARD_ROWS"] = str(SHARD_ROWS)
+        if self._cluster is not None and (job in OF_TASKS or job in ENGINE_JOBS):
             env["RAY_ADDRESS"] = self._cluster.address
         command = [sys.executable, str(HERE / "small_jobs.py"), job, str(self.work), str(out)]
-        if job not in ENGINE_JOBS:
-            command = [
-                sys.executable,
-                "-m",
-                "jobs.index",
-                "--embeddings",
-                str(self.work / "new"),
-                "--out",
-                str(out),
-            ]
-            command += ["--add"] if job == "index-add" else []
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
 
     @contextmanager
@@ -230,33 +251,34 @@ class Laboratory:
         return outcome
 
     def prepare_index(self) -> None:
-        """An index of some of the pictures, and what comes of it by a build or by an addition of all."""
+        """What changes of an index begin with, and what comes of each."""
         (self.work / "new").symlink_to(self.calm("encode"))
-        some = self.work / "some"
+        some = self.work / "part" / "new"
         shutil.copytree(self.calm("encode"), some)
         manifest = json.loads((some / "manifest.json").read_bytes())
         manifest["files"] = manifest["files"][:4]
         manifest["rows"] = sum(file["rows"] for file in manifest["files"])
         (some / "manifest.json").write_text(json.dumps(manifest))
-        other = self.work / "other"
-        other.mkdir()
-        (other / "new").symlink_to(some)
-        for _ in range(2):  # so that there is a version before the one in force
-            small_jobs.run_index(other, self.work / "index", add=False)
-        for job in ("index", "index-add"):
-            shutil.copytree(self.work / "index", self.calm(job))
-            small_jobs.run_index(self.work, self.calm(job), add=job == "index-add")
+        small_jobs.prepare_indexes(self.work)
+        for job in INDEX_JOBS:
+            shutil.copytree(self.base(job), self.calm(job))
+            small_jobs.run_index(job, self.work, self.calm(job))
+
+    def base(self, job: str) -> Path:
+        return self.work / INDEX_JOBS[job].base
 
     def run_index(self, scenario: Scenario, out: Path) -> Outcome:
-        """A build that is killed and run again, while a reader opens and searches all the time."""
+        """A change that is killed and run again, while a reader opens and searches all the time."""
         begun = time.monotonic()
-        shutil.copytree(self.work / "index", out)
+        shutil.copytree(self.base(scenario.job), out)
         self.lay_out(scenario.faults)
-        served = {judge.current_index(place)["rows"] for place in (out, self.calm(scenario.job))}
+        served = [set(judge.index_rows(place)) for place in (out, self.calm(scenario.job))]
         with Reader(out, served) as reader:
             killed = self.drive(scenario.job, out)
             after_kill = unreadable_now(out)
+            self.mend_cluster()
             again = self.drive(scenario.job, out)
+        self.mend_cluster()
         outcome = Outcome(scenario=scenario, fired=self.fired(), reruns=1)
         if killed.returncode != -signal.SIGKILL or again.returncode:
             outcome.verdict.other.append(
@@ -264,6 +286,7 @@ class Laboratory:
             )
         else:
             outcome.verdict = judge.judge_index(out, self.calm(scenario.job))
+            outcome.verdict.other += [f"gc finds {stray.name}" for stray in clean(str(out), dry_run=True)]
         outcome.verdict.unreadable += after_kill
         outcome.verdict.other += reader.wrong
         outcome.seconds = time.monotonic() - begun
@@ -292,11 +315,11 @@ def _is_gone(pid: int) -> bool:
 class Reader:
     """Opens an index and searches it, over and over, in a thread; what is `wrong` is said in words.
 
-    rows: how many rows it may have.
+    served: ids that it may have, version by version.
     """
 
-    def __init__(self, out: Path, rows: set[int]) -> None:
-        self._out, self._rows, self._stop, self.wrong = out, rows, threading.Event(), list[str]()
+    def __init__(self, out: Path, served: list[set[str]]) -> None:
+        self._out, self._served, self._stop, self.wrong = out, served, threading.Event(), list[str]()
         self._thread = threading.Thread(target=self._read)
         self.searches = 0
 
@@ -306,8 +329,9 @@ class Reader:
             try:
                 with open_index(str(self._out)) as index:
                     _, rows = index.search(query, 1000)
-                    if len(set(rows[0])) != index.rows or index.rows not in self._rows:
-                        self.wrong.append(f"{len(set(rows[0]))} answers of {index.rows} rows")
+                    found = [row["id"] for row in index.metadata(rows[0])]
+                if len(set(found)) != len(found) or set(found) not in self._served:
+                    self.wrong.append(f"{len(found)} answers that are no version's")
             except Exception as error:  # noqa: BLE001  whatever it is, a reader must not see it
                 self.wrong.append(f"a reader saw {error!r}")
             self.searches += 1

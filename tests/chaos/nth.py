@@ -48,10 +48,10 @@ class Subject:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    """An encode job of two shards, and builds and additions of an index."""
+    """An encode job of two shards, and every change of an index."""
     work = folder / "work"
     small_jobs.prepare_work(work, small=True)
-    few = folder / "few"
+    few = work / "part"
     small_jobs.prepare_work(few, small=True)
     for number in range(8):
         (few / "images" / f"{number:05}.png").unlink()
@@ -72,28 +72,29 @@ def subjects(folder: Path) -> list[Subject]:
     found = [
         Subject(name="encode", run=encode, judge=lambda out: judge.judge_job(out, work / "calm"), look=look)
     ]
-    for job in ("index", "index-add"):
-        base, calm, add = folder / "base", folder / f"calm-{job}", job == "index-add"
-        if not base.exists():
-            small_jobs.run_index(few, base, add=False)
-        shutil.copytree(base, calm)
-        small_jobs.run_index(work, calm, add=add)
-        found.append(
-            Subject(
-                name=job,
-                run=lambda out, add=add: small_jobs.run_index(work, out, add=add),  # type: ignore[misc]
-                judge=lambda out, calm=calm: judge.judge_index(out, calm),  # type: ignore[misc]
-                look=_look_at_index,
-                base=base,
+    with _quiet():
+        small_jobs.prepare_indexes(work)
+        for job, told in small_jobs.INDEX_JOBS.items():
+            base, calm = work / told.base, folder / f"calm-{job}"
+            shutil.copytree(base, calm)
+            small_jobs.run_index(job, work, calm)
+            served = [set(judge.index_rows(place)) for place in (base, calm)]
+            found.append(
+                Subject(
+                    name=job,
+                    run=lambda out, job=job: small_jobs.run_index(job, work, out),  # type: ignore[misc]
+                    judge=lambda out, calm=calm: judge.judge_index(out, calm),  # type: ignore[misc]
+                    look=lambda out, served=served: _look_at_index(out, served),  # type: ignore[misc]
+                    base=base,
+                )
             )
-        )
     return found
 
 
-def _look_at_index(out: Path) -> str | None:
+def _look_at_index(out: Path, served: list[set[str]]) -> str | None:
     with open_index(str(out)) as index:
-        rows = len(index.ids())
-    return None if rows in (5, 13) else f"{rows} rows are served"
+        ids = index.ids()
+    return None if ids in served else f"{len(ids)} rows are served, which are no version's"
 
 
 def loop(subject: Subject, folder: Path, *, for_ever: bool, step: int = 1, first: int = 1) -> Loop:

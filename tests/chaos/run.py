@@ -24,7 +24,7 @@ import nth  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-ENGINE, INDEX = 12, 26
+ENGINE, INDEX = 12, 28
 """Scenarios at `--scale 1`."""
 CONSOLE = Console(width=120, highlight=False)
 
@@ -76,7 +76,8 @@ def run_kills(folder: Path, seed: int, scale: float, only: str) -> bool:
             each(kills.engine_scenarios(seed, round(ENGINE * scale)), laboratory.run_engine)
     if only in ("all", "index"):
         laboratory.prepare_index()
-        each(kills.index_scenarios(seed, round(INDEX * scale)), laboratory.run_index)
+        with laboratory.cluster():
+            each(kills.index_scenarios(seed, round(INDEX * scale)), laboratory.run_index)
     CONSOLE.print(table_of(outcomes))
     return all(outcome.good for outcome in outcomes)
 

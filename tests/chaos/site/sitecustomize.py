@@ -6,10 +6,12 @@ nothing. CHAOS names a folder in which the harness keeps
     faults.json   what is to happen: [{"id": "3", "role": "commit", "point": "before marker", "shard": 5, "do": "kill"}]
     fired/3       written by fault 3 as it fires, so each fires once and the harness can tell that it did
 
-Roles are the functions that the engine runs: driver, prepare, actor, commit. Points are named after what is
-written, `before | half | whole | after` it (half: half of its bytes are in the file aside; whole: all are, and
-it has not been renamed yet), or after what is done: `begin | end prepare`, `load`, `begin | end apply`,
-`row` (a shard has come back to the driver), `before sweep`. It knows nothing of what should come of it.
+Roles are the functions that the engine runs: driver, prepare, actor, commit; and task, a piece of work of an
+index. Points are named after what is written, `before | half | whole | after` it (half: half of its bytes are in
+the file aside; whole: all are, and it has not been renamed yet), or after what is done: `begin | end prepare`,
+`load`, `begin | end apply`, `begin | end write_shard` and the like, `row` (a shard has come back to the driver),
+`before sweep`. CHAOS_SHARD_ROWS in the environment makes shards of an index as small. It knows nothing of what
+should come of it.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ now = SimpleNamespace(role="driver", shard=None)
 
 def kind_of(name: str) -> str:
     """What a published file is, by its name in a store."""
-    folder, _, _ = name.rpartition("/")
+    folder, _, last = name.rpartition("/")
     kinds = {"data": "data", "dead": "dead", "_commits": "marker", "manifests": "manifest"}
-    if folder == "shards":
-        return "vectors" if name.endswith(".npy") else "metadata"
+    if folder == "shards":  # building.json, or of vectors, metadata, lists, trained, deleted
+        stem, _, ending = last.rpartition(".")
+        return {"npy": "vectors", "arrow": "metadata", "json": stem}.get(ending, ending)
     return kinds.get(folder) or name.removesuffix(".json").lower()
 
 
@@ -94,6 +97,7 @@ class Half:
 def patch_storage(module) -> None:
     store = getattr(module, WRITERS[1])
     store.create, store.sweep = creating(store.create), sweeping(store.sweep)
+    store.written = writing(store.written)
 
 
 def creating(create):
@@ -105,6 +109,22 @@ def creating(create):
         with create(self, name) as file:
             yield Half(file, f"half {kind}")
             file.flush()
+            hit(f"whole {kind}")
+        hit(f"after {kind}")
+
+    return wrapped
+
+
+def writing(written):
+    """Of a file that a library writes by itself (lists): it is not stopped at half."""
+
+    @contextmanager
+    @functools.wraps(written)
+    def wrapped(self, name):
+        kind = kind_of(name)
+        hit(f"before {kind}")
+        with written(self, name) as path:
+            yield path
             hit(f"whole {kind}")
         hit(f"after {kind}")
 
@@ -145,6 +165,27 @@ def patch_stages(module) -> None:
     model.__init__ = loading(model.__init__)
 
 
+def patch_tasks(module) -> None:
+    module._run = working(module._run)
+
+
+def patch_planner(module) -> None:
+    if rows := os.environ.get("CHAOS_SHARD_ROWS"):
+        module.SHARD_ROWS = int(rows)
+
+
+def working(run):
+    @functools.wraps(run)
+    def wrapped(function, item):
+        now.role = "task"
+        hit(f"begin {function.__name__}")
+        result = run(function, item)
+        hit(f"end {function.__name__}")
+        return result
+
+    return wrapped
+
+
 def patch_driver(module) -> None:
     module._progress = counting(module._progress)
 
@@ -183,6 +224,8 @@ PATCHES = [
     (WRITERS[0], patch_storage),
     (STAGES[0], patch_stages),
     ("llmvis.cluster.jobs", patch_driver),
+    ("llmvis.cluster.tasks", patch_tasks),
+    ("llmvis.index.planner", patch_planner),
 ]
 
 
