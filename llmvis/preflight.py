@@ -130,7 +130,7 @@ def _places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
 
 def input_paths(description: Mapping[str, Any]) -> Iterator[str]:
     """Local files and folders that workers read, of what a source says of itself (`Source.describe`)."""
-    if description.get("kind") == "prompts":
+    if description.get("kind") in ("prompts", "text queries"):
         return  # they travel in the plan
     for key, value in description.items():
         if isinstance(value, Mapping):

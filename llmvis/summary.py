@@ -51,7 +51,8 @@ def report_lines(report: dict[str, Any], out: str) -> list[str]:
     if report["shards_resumed"]:
         lines.append(f"went on from {report['shards_resumed']} of {report['shards']} shards done before")
     if report["items_per_second"]:
-        lines.append(f"{report['items_per_second']:,.1f} images/s, {report['wall_s']:.1f} s in all")
+        unit = "queries" if report["job"] == "search" else "images"
+        lines.append(f"{report['items_per_second']:,.1f} {unit}/s, {report['wall_s']:.1f} s in all")
     total = sum(report["seconds"].values()) or 1.0
     parts = [f"{stage} {value:.1f} s ({value / total:.0%})" for stage, value in report["seconds"].items()]
     lines.append("worker time: " + " · ".join(parts))
