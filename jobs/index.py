@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmvis.cluster.checks import check_cluster
 from llmvis.cluster.session import session
 from llmvis.cluster.tasks import on_cluster
 from llmvis.config import IndexConfig, parse
@@ -44,6 +45,8 @@ def run(config: IndexConfig) -> dict[str, Any]:
         each: Each = in_turn
         if os.environ.get("RAY_ADDRESS", "local") != "local" or plan.rows > plan.shard_rows:
             stack.enter_context(session(config.num_cpus))
+            root = {"root": open_store(config.embeddings).uri} if config.embeddings else {}
+            check_cluster(out.uri, root, actors=1, gpus_per_actor=0, actor_cpus=1, task_cpus=0)
             each = on_cluster
         before = read_info(config.out)["rows"] if config.add else 0
         common: dict[str, Any] = {

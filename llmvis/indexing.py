@@ -59,9 +59,10 @@ def given(config: IndexConfig) -> tuple[IndexInfo, list[Part]]:
             raise UserError(
                 "--model and --image-root are for a folder of clip-retrieval: an encode job knows its own"
             )
-        manifest = read_manifest(open_store(config.embeddings), "encode")
+        encoded = open_store(config.embeddings)  # its uri is absolute: tasks have other working folders
+        manifest = read_manifest(encoded, "encode")
         source = manifest["source"]
-        files = [EncodedFile(uri=config.embeddings, file=file, source=source) for file in manifest["files"]]
+        files = [EncodedFile(uri=encoded.uri, file=file, source=source) for file in manifest["files"]]
         return IndexInfo(model=manifest["model"], source=source), list(files)
     if config.model is None:
         raise UserError(

@@ -7,22 +7,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import ray
 import tiny
 from ray.cluster_utils import Cluster
 
+from jobs import index
 from llmvis.cluster import watch
 from llmvis.cluster.jobs import Pool, run_job
 from llmvis.cluster.planned import Way, run_planned
 from llmvis.cluster.session import session
+from llmvis.config import IndexConfig
 from llmvis.entry import entry
+from llmvis.index import planner
 from llmvis.sources import open_source
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 def job(images: str, out: str, pool: Pool) -> None:
+    """An encode job; of what one wrote, an index in small shards."""
+    if Path(images, "manifest.json").exists():
+        planner.SHARD_ROWS, planner.MOST_SHARDS = 1000, 1000
+        index.run(IndexConfig(embeddings=images, out=out, kind="ivf_sq8", recall=0.9))
+        return
     source = open_source(images)
     run_job(tiny.mapping(source), source, out, pool, quiet=True)
     print("done")

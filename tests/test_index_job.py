@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import ray
 from test_approximate import DIM, MODEL, PICTURES, brute_force, found, table, texts, unit
+from test_preflight import driver
 
 from jobs import index as index_job
 from llmvis import indexing
@@ -151,6 +152,19 @@ def test_a_driver_killed_among_its_tasks_leaves_the_old_version_and_the_rerun_co
         assert found(index.search(queries, 10)[1], true) >= 0.9
     assert inspect_folder(str(out), check_hashes=True)["healthy"]
     assert not (out / "shards/building.json").exists()
+
+
+def test_an_index_is_built_on_two_nodes_that_see_its_folders_and_refused_on_one_that_does_not(
+    tmp_path: Path,
+) -> None:
+    encode_output(tmp_path / "enc", 0, ROWS)
+    said = driver("two", tmp_path / "enc", tmp_path / "idx")
+    assert said.returncode == 0, said.stderr
+    with open_index(str(tmp_path / "idx")) as index:
+        assert index.rows == ROWS and len(index.manifest["shards"]) == 4
+    said = driver("blind", tmp_path / "enc", tmp_path / "other", tmp_path / "enc")
+    assert said.returncode == 1 and f"error: {tmp_path / 'enc'} is not there on 1 of 2 nodes" in said.stderr
+    assert not (tmp_path / "other" / "CURRENT").exists()
 
 
 def test_what_a_task_that_died_left_unfinished_is_cleared_by_the_run_that_went_on(
