@@ -149,7 +149,10 @@ def test_a_driver_killed_among_its_tasks_leaves_the_old_version_and_the_rerun_co
         assert index.ids() == {f"id{row}" for row in range(first, ROWS)}
         queries = texts(np.arange(first, ROWS, 17), 8)
         true = brute_force(queries, 10, np.arange(first, ROWS)) - first
-        assert found(index.search(queries, 10)[1], true) >= 0.9
+        np.testing.assert_array_equal(index.search(queries, 10, exact=True)[1], true)
+        alike = PICTURES[first:ROWS:17]  # it was tuned on pictures: its captions' model is not here
+        true = brute_force(alike, 10, np.arange(first, ROWS)) - first
+        assert found(index.search(alike, 10)[1], true) >= 0.93
     assert inspect_folder(str(out), check_hashes=True)["healthy"]
     assert not (out / "shards/building.json").exists()
 
